@@ -1,0 +1,1 @@
+"""One desk experiment per paper."""

@@ -1,0 +1,1 @@
+"""Forgetters: one file each."""

@@ -1,0 +1,1 @@
+"""Audits of forgetting: one file per attack."""

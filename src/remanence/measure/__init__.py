@@ -1,0 +1,1 @@
+"""Probes, and the formulas of the field."""

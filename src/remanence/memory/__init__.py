@@ -1,0 +1,1 @@
+"""Neural memories: one file each."""

@@ -1,0 +1,1 @@
+"""Models: loading and saving, roles of weights, desk models."""

@@ -1,0 +1,161 @@
+"""Files that are whole or absent: atomic writes, and nested states as safetensors (nothing is ever unpickled)."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from remanence.errors import Mistake
+
+_STRUCTURE = "remanence.tree"
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success sync it and rename it into place, on failure leave nothing.
+
+    Raises:
+        Mistake: the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise Mistake(path, f"cannot be written ({error.strerror or error})", "free the disk or name another output") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`; on success sync it and put it in place of `path`, on failure leave the old one.
+
+    Raises:
+        Mistake: the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+        temporary.chmod(0o755)
+        yield temporary
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder) / name)
+            _sync(Path(folder))
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            os.replace(path, old / "old")  # two renames: a kill between them leaves both copies on disk
+            os.replace(temporary, path)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise Mistake(path, f"cannot be written ({error.strerror or error})", "free the disk or name another output") from error
+    finally:
+        if temporary is not None and temporary.exists():
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` to `path`, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _flatten(node: Any, place: str, tensors: dict[str, Any]) -> Any:
+    import torch
+
+    if isinstance(node, torch.Tensor):
+        tensors[place] = node.detach().cpu().contiguous().clone()  # safetensors refuses shared storage
+        return {"tensor": place}
+    if isinstance(node, dict):
+        return {"dict": [[key, _flatten(value, f"{place}/{number}", tensors)] for number, (key, value) in enumerate(node.items())]}
+    if isinstance(node, list | tuple):
+        kind = "list" if isinstance(node, list) else "tuple"
+        return {kind: [_flatten(value, f"{place}/{number}", tensors) for number, value in enumerate(node)]}
+    if node is None or isinstance(node, bool | int | float | str):
+        return {"plain": node}
+    raise TypeError(f"a state may hold tensors, dicts, lists and plain values, got {type(node).__name__} at {place}")
+
+
+def _rebuild(node: dict[str, Any], tensors: dict[str, Any]) -> Any:
+    ((kind, value),) = node.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _rebuild(item, tensors) for key, item in value}
+    if kind in ("list", "tuple"):
+        items = [_rebuild(item, tensors) for item in value]
+        return items if kind == "list" else tuple(items)
+    return value
+
+
+def save_tree(path: str | Path, tree: Any) -> None:
+    """Write a nested state (tensors, dicts, lists, numbers, strings) as one safetensors file, atomically.
+
+    Dictionary keys may be strings or integers. The structure travels as JSON in the file's metadata.
+    """
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Any] = {}
+    structure = _flatten(tree, "", tensors)
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, metadata={_STRUCTURE: json.dumps(structure)})
+
+
+def load_tree(path: str | Path) -> Any:
+    """Read what `save_tree` wrote, tensors on the CPU.
+
+    Raises:
+        Mistake: the file is missing, damaged, or not one of ours.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if _STRUCTURE not in metadata:
+                raise Mistake(path, "is not a saved state of this product", "point to a folder that a run wrote")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise Mistake(path, "does not exist", "start the run without --resume") from error
+    except SafetensorError as error:
+        raise Mistake(path, f"is damaged ({error})", "remove it and resume from the checkpoint before it") from error
+    return _rebuild(json.loads(metadata[_STRUCTURE]), tensors)
+
+
+def digest_tensors(named: Any) -> str:
+    """Return a SHA-256 over names, dtypes, shapes and bytes of an iterable of (name, tensor), in sorted order."""
+    import torch
+
+    total = hashlib.sha256()
+    for name, tensor in sorted(named, key=lambda pair: pair[0]):
+        plain = tensor.detach().cpu().contiguous()
+        total.update(f"{name}|{plain.dtype}|{tuple(plain.shape)}|".encode())
+        total.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
+    return total.hexdigest()

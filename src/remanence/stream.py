@@ -1,0 +1,223 @@
+"""What arrives: tasks to learn and requests to forget, in any order. No training code.
+
+Rows live in Hugging Face `datasets.Dataset` objects (Arrow on disk, not RAM). The columns depend on the kind:
+
+| kind    | columns |
+|---------|---------|
+| text    | `text` |
+| qa      | `question`, `answer`; optionally `paraphrases` (list of questions), `paraphrased_answer`, `perturbed_answers` (list), `id`, any labels |
+| chat    | `messages` (list of {role, content}) |
+| classes | `features` (list of floats, or nested), `label` (int) |
+| images  | `image` (PIL) , `label` (int) |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from remanence.errors import Mistake, nearest
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+
+    from remanence.training.trainer import Trainer
+
+COLUMNS = {
+    "text": ("text",),
+    "qa": ("question", "answer"),
+    "chat": ("messages",),
+    "classes": ("features", "label"),
+    "images": ("image", "label"),
+}
+
+
+def check_rows(place: str, rows: Dataset, kind: str) -> None:
+    """Refuse an unknown kind, an empty set, or missing columns.
+
+    Raises:
+        Mistake: naming the place and the remedy.
+    """
+    if kind not in COLUMNS:
+        raise Mistake(place, f"unknown kind '{kind}'", nearest(kind, COLUMNS))
+    if len(rows) == 0:
+        raise Mistake(place, "the set is empty", "check the path and the filter")
+    missing = [name for name in COLUMNS[kind] if name not in rows.column_names]
+    if missing:
+        have = ", ".join(rows.column_names)
+        raise Mistake(place, f"kind '{kind}' needs the column {missing[0]!r}, the set has {have}", "rename the column or choose another kind")
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something to learn.
+
+    Args:
+        name: unique within a stream.
+        train: rows to train on.
+        test: rows to measure on; `None` means the training rows themselves (recall of what was taught).
+        kind: text | qa | chat | classes | images.
+    """
+
+    name: str
+    train: Dataset
+    test: Dataset | None = None
+    kind: str = "text"
+
+    def __post_init__(self) -> None:
+        check_rows(f"task '{self.name}'", self.train, self.kind)
+        if self.test is not None:
+            check_rows(f"test set of task '{self.name}'", self.test, self.kind)
+
+    @property
+    def measured(self) -> Dataset:
+        """The rows that probes look at."""
+        return self.train if self.test is None else self.test
+
+
+@dataclass(frozen=True)
+class Request:
+    """Something to forget, and what must survive.
+
+    Args:
+        name: unique within a stream.
+        forget: rows whose influence must go.
+        retain: rows that must stay (a sample, or all remaining training rows).
+        neighbours: rows close to the forgotten ones that must stay too (measured, never trained on unless they are in `retain`).
+        holdout: rows that the model never saw, distributed like `forget` (for membership inference).
+        kind: as in `Task`.
+    """
+
+    name: str
+    forget: Dataset
+    retain: Dataset | None = None
+    neighbours: Dataset | None = None
+    holdout: Dataset | None = None
+    kind: str = "qa"
+
+    def __post_init__(self) -> None:
+        for part in ("forget", "retain", "neighbours", "holdout"):
+            rows = getattr(self, part)
+            if rows is not None:
+                check_rows(f"{part} set of request '{self.name}'", rows, self.kind)
+        if self.retain is not None:
+            refuse_overlap(f"request '{self.name}'", self.forget, self.retain, self.kind)
+
+    @property
+    def sets(self) -> dict[str, Dataset]:
+        """The named sets that are present, in the order forget, retain, neighbours, holdout."""
+        parts = {part: getattr(self, part) for part in ("forget", "retain", "neighbours", "holdout")}
+        return {part: rows for part, rows in parts.items() if rows is not None}
+
+
+def keys_of(rows: Dataset, kind: str) -> list[Any]:
+    """Return one hashable key per row, from the columns that the kind trains on. O(rows)."""
+    import pickle  # only to make a key of arrays and images; nothing is ever loaded with it
+
+    plain = rows.with_format(None)
+    columns = [plain[name] for name in COLUMNS[kind]]
+    if kind in ("text", "qa"):
+        return list(zip(*columns))
+    return [pickle.dumps(row) for row in zip(*columns)]
+
+
+def refuse_overlap(place: str, forget: Dataset, retain: Dataset, kind: str) -> None:
+    """Refuse a forget set that shares a row with the retain set.
+
+    Raises:
+        Mistake: with the number of shared rows and the first one's number.
+    """
+    kept = set(keys_of(retain, kind))
+    shared = [number for number, key in enumerate(keys_of(forget, kind)) if key in kept]
+    if shared:
+        raise Mistake(
+            place, f"{len(shared)} rows of the forget set stand in the retain set too (the first is row {shared[0]})", "remove them from the retain set"
+        )
+
+
+Event = Task | Request
+
+
+@dataclass(frozen=True)
+class Stream:
+    """The events of a life, in order.
+
+    Raises:
+        Mistake: two events share a name, or there are none.
+    """
+
+    events: Sequence[Event]
+
+    def __post_init__(self) -> None:
+        if not self.events:
+            raise Mistake("stream", "there are no events", "add at least one task or request")
+        names = [event.name for event in self.events]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise Mistake("stream", f"two events are called '{twice}'", "give every event its own name")
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self.events)
+
+    def __len__(self) -> int:
+        return len(self.events)
+
+    @property
+    def tasks(self) -> list[Task]:
+        """The tasks, in order."""
+        return [event for event in self.events if isinstance(event, Task)]
+
+    @property
+    def requests(self) -> list[Request]:
+        """The requests, in order."""
+        return [event for event in self.events if isinstance(event, Request)]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When and with what a probe looks.
+
+    Args:
+        event: number of the event, 0 before the first one.
+        step: optimizer step inside the event, `None` at its end.
+        processor: tokenizer or image processor of the model (`None` for plain feature models).
+        seed: derived seed for a probe that samples.
+    """
+
+    event: int = 0
+    step: int | None = None
+    processor: Any = None
+    seed: int = 0
+
+
+@dataclass
+class Scores:
+    """What a probe found: named numbers, and per-item rows where they exist (`{"item": id or row number, metric: value, ...}`)."""
+
+    values: dict[str, float]
+    items: list[dict[str, Any]] = field(default_factory=list)
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """Take in a task. State between tasks lives on the object and is saved with it."""
+
+    def learn(self, model: nn.Module, task: Task, trainer: Trainer) -> nn.Module: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@runtime_checkable
+class Forgetter(Protocol):
+    """Serve a deletion request."""
+
+    def forget(self, model: nn.Module, request: Request, trainer: Trainer) -> nn.Module: ...
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """Look at a model without changing it (weights, mode, buffers and generators stay as they were)."""
+
+    def measure(self, model: nn.Module, at: Moment) -> Scores: ...
