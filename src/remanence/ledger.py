@@ -94,7 +94,9 @@ class Ledger:
                         self._base.execute(statement)
                     self._base.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         elif version != SCHEMA_VERSION:
-            raise Mistake(self.path, f"has schema version {version}, this program reads {SCHEMA_VERSION}", "open it with the version that wrote it")
+            raise Mistake(
+                self.path, f"has schema version {version}, this program reads {SCHEMA_VERSION}", "open it with the version that wrote it"
+            )
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -129,7 +131,9 @@ class Ledger:
             with self.transaction():
                 self._base.executemany(statement, ([_plain(row[name]) for name in names] for row in rows))
         except sqlite3.OperationalError as error:
-            raise Mistake(self.path, f"cannot be written ({error})", "free the disk or name another output, then go on with --resume") from error
+            raise Mistake(
+                self.path, f"cannot be written ({error})", "free the disk or name another output, then go on with --resume"
+            ) from error
 
     def read(self, question: str, *values: Any) -> list[dict[str, Any]]:
         """Return the rows of an SQL question as dicts."""

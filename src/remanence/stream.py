@@ -47,7 +47,9 @@ def check_rows(place: str, rows: Dataset, kind: str) -> None:
     missing = [name for name in COLUMNS[kind] if name not in rows.column_names]
     if missing:
         have = ", ".join(rows.column_names)
-        raise Mistake(place, f"kind '{kind}' needs the column {missing[0]!r}, the set has {have}", "rename the column or choose another kind")
+        raise Mistake(
+            place, f"kind '{kind}' needs the column {missing[0]!r}, the set has {have}", "rename the column or choose another kind"
+        )
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,9 @@ def refuse_overlap(place: str, forget: Dataset, retain: Dataset, kind: str) -> N
     shared = [number for number, key in enumerate(keys_of(forget, kind)) if key in kept]
     if shared:
         raise Mistake(
-            place, f"{len(shared)} rows of the forget set stand in the retain set too (the first is row {shared[0]})", "remove them from the retain set"
+            place,
+            f"{len(shared)} rows of the forget set stand in the retain set too (the first is row {shared[0]})",
+            "remove them from the retain set",
         )
 
 
