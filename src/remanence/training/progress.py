@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 
-class bar:  # noqa: N801
+class bar:
     """Show `name ━━━━ 40/200 loss 1.2 rate 0.001 0:00:12`; `stop` removes it.
 
     Args:
