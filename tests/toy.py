@@ -20,7 +20,15 @@ _EXTRA: dict[str, dict[str, Any]] = {
     "qwen2": _GROUPED,
     "qwen3": {**_GROUPED, "head_dim": 8},
     "mistral": {**_GROUPED, "head_dim": 8},
-    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.1},
+    "gpt2": {
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "initializer_range": 0.1,
+    },
     "gpt_neox": {**_SHARED, "hidden_dropout": 0.0},
     "gemma": {**_GROUPED, "head_dim": 16},  # heads wider than width / heads, as in the real one
     "gemma2": {**_GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16},
@@ -47,7 +55,9 @@ def toy_lm(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(toy_config(family, vocab=vocab, width=width, layers=layers), dtype=torch.float32)
-    return model.to(dtype).eval()
+    for weight in model.parameters():  # not .to(dtype), which would round the rotary frequencies too
+        weight.data = weight.data.to(dtype)
+    return model.eval()
 
 
 def toy_batch(*, seed: int = 0, rows: int = 3, tokens: int = 9, vocab: int = 64) -> dict[str, torch.Tensor]:
