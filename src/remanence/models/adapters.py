@@ -45,7 +45,13 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 16, targets: Sequen
     transposed = any(weight.axis == 1 for weight in weights_by_role(model, strict=False) if weight.module in modules)
     kind = "CAUSAL_LM" if is_language_model(model) else None
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=modules, bias="none", task_type=kind, fan_in_fan_out=transposed
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=0.0,
+        target_modules=modules,
+        bias="none",
+        task_type=kind,
+        fan_in_fan_out=transposed,
     )
     devices = sorted({weight.device.index or 0 for weight in model.parameters() if weight.is_cuda})
     with torch.random.fork_rng(devices=devices), fresh_weights(seed):

@@ -1,4 +1,4 @@
-"""Small image classifiers for the desk: a perceptron, a convolutional net and a vision transformer, saved and loaded like any Hugging Face model.
+"""Small image classifiers for the desk: a perceptron, a convolutional net, a vision transformer; Hugging Face models like any other.
 
 | name | images | parameters |
 |------|--------|------------|
@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class _DeskClassifier(PreTrainedModel):
     """The Hugging Face face of the three: `features` then `head`."""
 
     main_input_name = "pixel_values"
+    head: nn.Linear
     base_model_prefix = ""
     _no_split_modules: list[str] = []  # noqa: RUF012
 
@@ -107,8 +109,8 @@ class DeskMLP(_DeskClassifier):
     def __init__(self, config: DeskMLPConfig):
         super().__init__(config)
         widths = [config.channels * config.image_size**2, *config.hidden]
-        self.body = nn.Sequential(*(layer for i, o in zip(widths, widths[1:]) for layer in (nn.Linear(i, o), nn.ReLU())))
-        self.head = nn.Linear(widths[-1], config.num_labels)
+        self.body = nn.Sequential(*(layer for i, o in itertools.pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())))
+        self.head = nn.Linear(widths[-1], len(config.id2label or {}))
         self.post_init()
 
     def features(self, images: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D"]:
@@ -123,8 +125,8 @@ class DeskCNN(_DeskClassifier):
     def __init__(self, config: DeskCNNConfig):
         super().__init__(config)
         widths = [config.channels, *config.widths]
-        self.body = nn.Sequential(*(_stage(i, o) for i, o in zip(widths, widths[1:])))
-        self.head = nn.Linear(widths[-1], config.num_labels)
+        self.body = nn.Sequential(*(_stage(i, o) for i, o in itertools.pairwise(widths)))
+        self.head = nn.Linear(widths[-1], len(config.id2label or {}))
         self.post_init()
 
     def features(self, images: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D"]:
@@ -151,7 +153,7 @@ class DeskViT(_DeskClassifier):
         self.positions = nn.Parameter(0.02 * torch.randn(1, places, config.width))
         self.blocks = nn.Sequential(*(DeskViTBlock(config.width, config.heads, config.expansion) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(config.width)
-        self.head = nn.Linear(config.width, config.num_labels)
+        self.head = nn.Linear(config.width, len(config.id2label or {}))
         self.post_init()
 
     def features(self, images: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D"]:

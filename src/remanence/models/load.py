@@ -133,7 +133,7 @@ def load_weights(model: nn.Module, folder: str | Path) -> nn.Module:
 
 
 def weights_hash(model: nn.Module) -> str:
-    """Return a SHA-256 over all parameters and buffers that are saved, tied ones once; wrappers of `torch.compile` do not change it. O(P)."""
+    """Return a SHA-256 over all parameters and buffers that are saved, tied ones once, under `torch.compile` the same. O(P)."""
     return digest_tensors(_distinct(_uncompiled(model)))
 
 

@@ -64,7 +64,7 @@ class Weight:
         name: as in `model.named_parameters()`.
         role: one of `ROLES`; a bias has the role of its matrix.
         layer: number of the block, `None` outside of blocks.
-        heads: number of heads along the heads' axis (key heads for `key` and `value`; query heads for `query`, `qkv`, `output`), else `None`.
+        heads: number of heads it is divided into (key heads for `key`, `value`; query heads for `query`, `qkv`, `output`), or `None`.
         axis: dimension of the outputs: 0, but 1 for a GPT-2 matrix, which is stored (in, out).
         kind: weight | bias.
         tied: an embedding that is the output head too.
@@ -171,7 +171,8 @@ def head_slice(model: nn.Module, weight: Weight, head: int, part: str | None = N
     if (sideways and (weight.kind == "bias" or weight.lora == "B")) or (not sideways and weight.lora == "A"):
         raise Mistake(weight.name, "is not divided among heads", "take the matrix that is")
     heads, key_heads = _head_counts(model)
-    assert heads is not None and key_heads is not None
+    assert heads is not None
+    assert key_heads is not None
     own = key_heads if part in ("key", "value") else heads
     if not 0 <= head < own:
         raise Mistake(weight.name, f"there is no {part} head {head}", f"it has heads 0 to {own - 1}")
