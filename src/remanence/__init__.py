@@ -22,7 +22,7 @@ _HOME = {  # public name -> module; imported on first use, so that `import reman
     "load_model": "remanence.models.load",
     "save_model": "remanence.models.load",
 }
-__all__ = ["__version__", *sorted(_HOME)]  # noqa: PLE0604
+__all__ = ["__version__", *sorted(_HOME)]
 
 if TYPE_CHECKING:
     from remanence.errors import Mistake as Mistake

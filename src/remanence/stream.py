@@ -214,6 +214,15 @@ class Learner(Protocol):
 
 
 @runtime_checkable
+class Remembering(Protocol):
+    """A learner that keeps rows (a replay memory): it must let go of them on request, or it would teach them again."""
+
+    def erase(self, request: Request, trainer: Trainer) -> int:
+        """Remove every kept row that equals a forget row; return how many went."""
+        ...
+
+
+@runtime_checkable
 class Forgetter(Protocol):
     """Serve a deletion request."""
 

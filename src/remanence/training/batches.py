@@ -200,7 +200,7 @@ class Zip:
         return Batch({name: batch for name, batch in found.items() if len(batch)})
 
 
-class Sparse:
+class Draws:
     """Random rows, with replacement, of a collection that may grow: position p of the stream takes row floor(u_p * len), u_p a hash of (seed, p).
 
     Args:

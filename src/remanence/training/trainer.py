@@ -1,0 +1,546 @@
+"""The one training loop. Every method calls `Trainer.fit`; none copies it.
+
+`fit` takes micro-batches by number, so a step is a pure function of (weights, optimizer state, seed, step): a run that was killed goes on from its last
+checkpoint and ends with the same bits. Each call of `fit` inside an event is a numbered stage; on resume, finished stages put back the weights they ended
+with, and the running one continues in the middle.
+
+Accelerate gives device, precision, processes and sharding. Replicated gradients are averaged here, once per step (not by wrapping the model), because
+methods take more than one forward or backward pass per step; sharded models (FSDP2) reduce their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from remanence.data.encode import TEMPLATE, encode_rows
+from remanence.errors import Mistake, nearest
+from remanence.seeds import derive, generator
+from remanence.training.batches import Batch, Batches, Numbered
+from remanence.training.checkpoint import (
+    Checkpoints,
+    Recorder,
+    load_model_state,
+    load_optimizer_state,
+    model_state,
+    optimizer_state,
+)
+from remanence.training.losses import nll
+from remanence.training.processes import average_gradients, barrier, is_sharded, rank, shared_accelerator, sum_over_processes, world_size
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+
+    from remanence.stream import Task
+
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. One field = one recipe key under `training:`.
+
+    Args:
+        steps: optimizer steps of a stage; `None` takes `epochs`.
+        epochs: passes over the data, where `steps` is not given.
+        batch_size: rows per micro-batch and process.
+        accumulate: micro-batches per optimizer step.
+        optimizer: adamw | sgd.
+        lr: learning rate.
+        weight_decay: of weights with two or more dimensions; vectors (biases, norms) are not decayed.
+        beta1: of AdamW.
+        beta2: of AdamW.
+        eps: of AdamW.
+        momentum: of SGD.
+        schedule: constant | linear | cosine, all behind the warm-up; linear and cosine end at zero.
+        warmup: below 1 the share of the steps, from 1 on their number, over which the rate rises linearly.
+        clip: largest norm of the trained parameters' gradient; `None` does not clip.
+        length: tokens per row.
+        template: of questions and answers.
+        precision: fp32 | bf16 (autocast) | auto (what `accelerate launch` says).
+        gradient_checkpointing: recompute activations in the backward pass.
+        log_every: steps between two readings of the loss, which is also when a NaN is noticed.
+        checkpoint_every: steps between two checkpoints inside a stage; 0: only at its end.
+        trackers: of Accelerate (tensorboard, wandb).
+    """
+
+    steps: int | None = None
+    epochs: float = 3.0
+    batch_size: int = 16
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    lr: float = 1e-3
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.0
+    schedule: str = "constant"
+    warmup: float = 0.0
+    clip: float | None = 1.0
+    length: int = 256
+    template: str = TEMPLATE
+    precision: str = "auto"
+    gradient_checkpointing: bool = False
+    log_every: int = 10
+    checkpoint_every: int = 0
+    trackers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        def need(name: str, good: bool, what: str) -> None:
+            if not good:
+                raise Mistake(f"training.{name}", f"must be {what}, got {getattr(self, name)!r}", "correct the value")
+
+        need("steps", self.steps is None or self.steps >= 0, "0 or more")
+        for name in ("batch_size", "accumulate", "log_every"):
+            need(name, getattr(self, name) >= 1, "1 or more")
+        for name in ("epochs", "lr", "weight_decay", "warmup", "checkpoint_every", "momentum"):
+            need(name, 0 <= getattr(self, name) < math.inf, "0 or more, and finite")
+        for name in ("beta1", "beta2"):
+            need(name, 0 <= getattr(self, name) < 1, "in [0, 1)")
+        need("eps", self.eps > 0, "above 0")
+        need("clip", self.clip is None or self.clip > 0, "above 0, or null")
+        need("length", self.length >= 2, "2 or more")
+        for name, known in (("optimizer", ("adamw", "sgd")), ("schedule", tuple(SCHEDULES)), ("precision", ("auto", "fp32", "bf16"))):
+            if getattr(self, name) not in known:
+                raise Mistake(f"training.{name}", f"unknown value {getattr(self, name)!r}", nearest(str(getattr(self, name)), known))
+
+    def changed(self, place: str, changes: dict[str, Any]) -> Settings:
+        """Return the settings with some keys changed.
+
+        Raises:
+            Mistake: an unknown key, or a value of the wrong type.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        known = {field.name for field in fields(self)}
+        for key in changes:
+            if key not in known:
+                raise Mistake(f"{place}.{key}", "unknown key", nearest(key, known))
+        try:
+            return TypeAdapter(Settings).validate_python({field.name: getattr(self, field.name) for field in fields(self)} | changes)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Mistake(".".join([place, *map(str, first["loc"])]), f"{first['msg']}, got {first['input']!r}", "correct the value") from None
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {  # multiplier of the rate after the share x of the steps behind the warm-up
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1.0 - x,
+    "cosine": lambda x: 0.5 * (1.0 + math.cos(math.pi * x)),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a callback is told: the number of the optimizer step in its stage (from 0), and the step's micro-batches in this process."""
+
+    number: int
+    batches: Sequence[Batch]
+
+
+Callback = Callable[[nn.Module, Step], None]
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """Something whose state travels with checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Trainer:
+    """Train models; one object serves one event.
+
+    Args:
+        settings: how to train.
+        processor: tokenizer or image processor that encodes rows.
+        seed: every random stream of the event is derived from it.
+        name: of the event, for messages and the progress bar.
+        owner: the method at work; if it has a state, the state is saved with every checkpoint.
+        history: the tasks before this event, without rows that were forgotten since (for methods that may look back: joint training, retraining).
+        checkpoints: where to keep points of this event; `None` keeps none.
+        record: takes (table, rows) for the ledger.
+        watch: called as `watch(model, step)` after every optimizer step, `step` counted over the event's stages.
+        progress: draw a bar for whatever takes more than a second or two.
+        accelerator: of Accelerate; by default this process's one.
+    """
+
+    def __init__(
+        self,
+        settings: Settings | None = None,
+        *,
+        processor: Any = None,
+        seed: int = 0,
+        name: str = "training",
+        owner: object = None,
+        history: Sequence[Task] = (),
+        checkpoints: Checkpoints | None = None,
+        record: Recorder | None = None,
+        watch: Callable[[nn.Module, int], None] | None = None,
+        progress: bool = True,
+        accelerator: Accelerator | None = None,
+    ):
+        self.settings = settings or Settings()
+        self.processor, self.seed, self.name, self.owner, self.history = processor, seed, name, owner, tuple(history)
+        self.accelerator = accelerator or shared_accelerator()
+        self.steps_done = 0
+        self._checkpoints, self._record, self._watch, self._progress = checkpoints, record, watch, progress
+        self._stage = 0
+        self._only: frozenset[str] | None = None
+
+    # What a method asks for.
+
+    def encode(self, rows: Dataset, kind: str) -> Dataset:
+        """Return rows as model inputs (see `encode_rows`), with the settings' length and template."""
+        return encode_rows(rows, kind, self.processor, length=self.settings.length, template=self.settings.template)
+
+    def batches(self, rows: Dataset, kind: str, *, stream: str = "task", size: int | None = None, shuffle: bool = True) -> Batches:
+        """Return shuffled batches of rows; the order depends on the event's seed and the stream's name alone, so all methods see the same."""
+        pad = getattr(self.processor, "pad_token_id", None) or 0
+        return Batches(self.encode(rows, kind), size or self.settings.batch_size, seed=derive(self.seed, stream), shuffle=shuffle, pad=pad)
+
+    def steps_for(self, batches: Batches) -> int:
+        """Return the optimizer steps that the settings ask for on these batches."""
+        if self.settings.steps is not None:
+            return self.settings.steps
+        return max(1, math.ceil(self.settings.epochs * len(batches) / (self.settings.accumulate * world_size())))
+
+    def generator(self, *words: object) -> torch.Generator:
+        """Return a generator of this event, named by words."""
+        return generator(self.seed, *words)
+
+    def note(self, name: str, content: Any) -> None:
+        """Put something into the ledger under a name (a mask, a count, a receipt); the content must be plain JSON."""
+        self.record("notes", [{"name": name, "content": content if isinstance(content, dict | list) else {"value": content}}])
+
+    def record(self, table: str, rows: list[dict[str, Any]]) -> None:
+        """Append rows to a table of the ledger, if there is one."""
+        if self._record is not None and self.is_main:
+            self._record(table, rows)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return rank() == 0
+
+    @contextlib.contextmanager
+    def only(self, names: Iterable[str]) -> Iterator[None]:
+        """Confine every `fit` inside to these parameters (a method that wraps another one freezes the rest with it)."""
+        before, names = self._only, frozenset(names)
+        self._only = names if before is None else before & names
+        try:
+            yield
+        finally:
+            self._only = before
+
+    def gradient(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
+        """Return the mean gradient of a loss on one batch for every parameter in training, averaged over processes; `.grad` stays as it is."""
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        kept = [parameter.grad for _, parameter in trained]
+        for _, parameter in trained:
+            parameter.grad = None
+        with self._autocast():
+            value = loss(model, batch.to(self.accelerator.device))
+        value.backward()
+        if world_size() > 1 and not is_sharded(model):
+            average_gradients(parameter for _, parameter in trained)
+        found = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for name, parameter in trained}
+        for (_, parameter), grad in zip(trained, kept):
+            parameter.grad = grad
+        return found
+
+    # The loop.
+
+    def fit(
+        self,
+        model: nn.Module,
+        batches: Numbered,
+        loss: Loss = nll,
+        *,
+        steps: int | None = None,
+        optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+        schedule: Callable[[int], float] | None = None,
+        parameters: Iterable[str] | None = None,
+        after_backward: Callback | None = None,
+        after_step: Callback | None = None,
+    ) -> nn.Module:
+        """Minimise a loss over batches; the model is changed in place and returned.
+
+        Args:
+            model: any module.
+            batches: gives micro-batch i for any i; process r of W takes numbers r, r+W, ... of each step.
+            loss: a plain function of (model, batch); a mean that divides by `batch.rows` or `batch.tokens` is exact under accumulation and processes.
+            steps: optimizer steps; by default as the settings say.
+            optimizer: makes one from the list of trained parameters; by default as the settings say.
+            schedule: multiplier of the rate at a step; by default as the settings say.
+            parameters: names of those to train; the others get no gradient and no optimizer state. By default all that require a gradient.
+            after_backward: called when gradients are averaged, before clipping.
+            after_step: called after the optimizer's step.
+
+        Raises:
+            Mistake: nothing to train, or a loss that is not finite (nothing of the step is saved).
+        """
+        settings, stage = self.settings, self._stage
+        steps = steps if steps is not None else self.steps_for(batches)  # type: ignore[arg-type]
+        first, self._stage, self.steps_done = self.steps_done, stage + 1, self.steps_done + steps
+        point = self._checkpoints.latest() if self._checkpoints else None
+        if self._checkpoints and point and (ended := self._checkpoints.end_of(stage)):
+            self._restore(model, None, self._checkpoints.load(ended))
+            return model
+        model.to(self.accelerator.device)
+        chosen = self._chosen(model, parameters)
+        modes = [(module, module.training) for module in model.modules()]
+        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        noise = _NoiseKept(self.accelerator.device)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in chosen)
+        try:
+            model.train()
+            if settings.gradient_checkpointing:
+                model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            descent = optimizer(trained) if optimizer else make_optimizer(settings, trained)
+            if str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model):
+                model, descent = self.accelerator.prepare(model, descent)
+                trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            start = 0
+            if self._checkpoints and point and point.stage == stage:
+                self._restore(model, descent, self._checkpoints.load(point))
+                start = point.step or 0
+            rate = schedule or make_schedule(settings, steps)
+            self._loop(model, batches, loss, descent, rate, trained, range(start, steps), first, stage, after_backward, after_step)
+            descent.zero_grad(set_to_none=True)
+        finally:
+            noise.restore()
+            for module, training in modes:
+                module.training = training
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
+            if settings.gradient_checkpointing:
+                model.gradient_checkpointing_disable()  # type: ignore[operator]
+        self._save(model, None, stage, None)
+        return model
+
+    def _loop(
+        self,
+        model: nn.Module,
+        batches: Numbered,
+        loss: Loss,
+        descent: torch.optim.Optimizer,
+        rate: Callable[[int], float],
+        trained: list[nn.Parameter],
+        numbers: range,
+        first: int,
+        stage: int,
+        after_backward: Callback | None,
+        after_step: Callback | None,
+    ) -> None:
+        settings, world, device = self.settings, world_size(), self.accelerator.device
+        parts, replicated = settings.accumulate, world > 1 and not is_sharded(model)
+        base = [group["lr"] for group in descent.param_groups]
+        noise = derive(self.seed, "noise", stage) >> 1
+        log = _Log(self, stage, numbers, first)
+        with log:
+            for number in numbers:
+                micro = [batches[(number * parts + part) * world + rank()] for part in range(parts)]
+                if parts * world > 1:
+                    share_denominators(micro, parts * world)
+                multiplier = rate(number)
+                for group, lr in zip(descent.param_groups, base):
+                    group["lr"] = lr * multiplier
+                total: Tensor | float = 0.0
+                for part, batch in enumerate(micro):
+                    torch.manual_seed(noise + (number * parts + part) * world + rank())  # dropout is a function of the micro-batch's number
+                    with self._autocast():
+                        value = loss(model, batch.to(device)) / parts
+                    value.backward()
+                    total = total + value.detach()
+                if replicated:
+                    average_gradients(trained)
+                step = Step(number, micro)
+                if after_backward is not None:
+                    after_backward(model, step)
+                norm = nn.utils.clip_grad_norm_(trained, settings.clip) if settings.clip is not None else None
+                descent.step()
+                descent.zero_grad(set_to_none=True)
+                if after_step is not None:
+                    after_step(model, step)
+                log.add(number, total, base[0] * multiplier, norm)
+                if self._watch is not None:
+                    self._watch(model, first + number + 1)
+                if self._checkpoints and self._checkpoints.every and (number + 1) % self._checkpoints.every == 0 and number + 1 < numbers.stop:
+                    log.flush()
+                    self._save(model, descent, stage, number + 1)
+
+    def _chosen(self, model: nn.Module, parameters: Iterable[str] | None) -> frozenset[str]:
+        """Return the names of the parameters to train."""
+        named = dict(model.named_parameters())
+        chosen = {name for name, parameter in named.items() if parameter.requires_grad} if parameters is None else set(parameters)
+        for name in chosen:
+            if name not in named:
+                raise Mistake(f"parameters of {self.name}", f"there is no '{name}' in the model", nearest(name, named))
+        if self._only is not None:
+            chosen &= self._only
+        if not chosen:
+            raise Mistake(self.name, "there is nothing to train: every parameter is frozen", "free some parameters")
+        return frozenset(chosen)
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        precision = self.settings.precision if self.settings.precision != "auto" else self.accelerator.mixed_precision
+        if precision != "bf16":
+            yield
+            return
+        with torch.autocast(self.accelerator.device.type, torch.bfloat16):
+            yield
+
+    def _save(self, model: nn.Module, descent: torch.optim.Optimizer | None, stage: int, step: int | None) -> None:
+        """Write a checkpoint (every process gathers, the main one writes)."""
+        if self._checkpoints is None:
+            return
+        state: dict[str, Any] = {"model": model_state(model)}
+        if descent is not None:
+            state["optimizer"] = optimizer_state(model, descent)
+        if isinstance(self.owner, Stateful):
+            state["owner"] = self.owner.state_dict()
+        if self.is_main:
+            self._checkpoints.save(stage, step, state)
+        barrier()
+
+    def _restore(self, model: nn.Module, descent: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
+        load_model_state(model, state["model"])
+        if descent is not None:
+            load_optimizer_state(model, descent, state["optimizer"])
+        if isinstance(self.owner, Stateful):
+            self.owner.load_state_dict(state["owner"])
+
+
+def share_denominators(micro: list[Batch], pieces: int) -> None:
+    """Give every micro-batch of a step the average counts over the step's `pieces` (micro-batches x processes), so that means of means are exact.
+
+    Streams of the same position are matched: batch["retain"] of one piece with batch["retain"] of the others.
+    """
+    columns = list(zip(*([*batch.parts()] for batch in micro), strict=True))
+    counts = torch.tensor([[sum(part.own_rows() for part in parts), sum(part.own_tokens() for part in parts)] for parts in columns], dtype=torch.float64)
+    sum_over_processes(counts)
+    for parts, (rows, tokens) in zip(columns, (counts / pieces).tolist()):
+        for part in parts:
+            part._rows, part._tokens = rows, tokens or 1.0
+
+
+def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the settings' optimizer; weight decay touches only parameters with two or more dimensions."""
+    wide, thin = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
+    groups = [{"params": wide, "weight_decay": settings.weight_decay}, {"params": thin, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
+    fused = all(p.is_floating_point() and type(p.data) is Tensor for p in parameters) or None
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
+    return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=fused)
+
+
+def make_schedule(settings: Settings, steps: int) -> Callable[[int], float]:
+    """Return the multiplier of the rate for each step from 0: (n+1)/warmup inside the warm-up, then the schedule's curve."""
+    warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * steps
+    curve = SCHEDULES[settings.schedule]
+
+    def multiplier(number: int) -> float:
+        if number < warmup:
+            return min(1.0, (number + 1) / warmup)
+        return curve((number - warmup) / max(1.0, steps - warmup))
+
+    return multiplier
+
+
+class _NoiseKept:
+    """The global generators as they were, so that a fit leaves no trace in them."""
+
+    def __init__(self, device: torch.device):
+        self._cpu = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        self._device = device
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state(self._cuda, self._device)
+
+
+class _Log:
+    """Losses, rates and norms of a stage: kept as tensors, read every few steps, written to the ledger, the trackers and the bar."""
+
+    def __init__(self, trainer: Trainer, stage: int, numbers: range, first: int):
+        self.trainer, self.stage, self.numbers, self.first = trainer, stage, numbers, first
+        self.rows: list[tuple[int, Tensor | float, float, Tensor | None]] = []
+        self.every = trainer.settings.log_every
+        self.bar: Any = None
+        self.begun = time.monotonic()
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            if self.bar is not None:
+                self.bar.stop()
+
+    def add(self, number: int, loss: Tensor | float, rate: float, norm: Tensor | None) -> None:
+        self.rows.append((number, loss, rate, norm))
+        if len(self.rows) >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Read the losses since the last time.
+
+        Raises:
+            Mistake: one of them is not finite.
+        """
+        if not self.rows:
+            return
+        trainer = self.trainer
+        values = torch.stack([torch.as_tensor(loss, dtype=torch.float64) for _, loss, _, _ in self.rows]).cpu()
+        losses = (sum_over_processes(values) / world_size()).tolist()
+        rows = []
+        for (number, _, rate, norm), loss in zip(self.rows, losses):
+            if not math.isfinite(loss):
+                raise Mistake(
+                    f"{trainer.name}, step {number + 1}", f"the loss is {loss}", f"lower the learning rate (now {rate:g}) or clip gradients harder"
+                )
+            for metric, value in (("loss", loss), ("rate", rate), ("norm", norm)):
+                if value is not None:
+                    rows.append({"stage": self.stage, "step": number, "metric": metric, "value": _number(value)})
+        trainer.record("steps", rows)
+        if trainer.settings.trackers:
+            number = self.rows[-1][0]
+            trainer.accelerator.log({f"{trainer.name}/loss": losses[-1], f"{trainer.name}/rate": self.rows[-1][2]}, step=self.first + number)
+        self._draw(self.rows[-1][0] + 1, losses[-1], self.rows[-1][2])
+        self.rows.clear()
+
+    def _draw(self, done: int, loss: float, rate: float) -> None:
+        trainer = self.trainer
+        if not trainer._progress or not trainer.is_main:
+            return
+        if self.bar is None:
+            if time.monotonic() - self.begun < 1.0 or done >= self.numbers.stop:
+                return
+            from remanence.training.progress import bar
+
+            self.bar = bar(trainer.name, self.numbers.stop)
+        self.bar.show(done, f"loss {loss:.4g}  rate {rate:.3g}")
+
+
+def _number(value: Any) -> float:
+    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
