@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import typer
 
@@ -26,7 +26,7 @@ Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="
 Out = Annotated[Path, typer.Option("--out", help="Folder of the new model; must not exist yet.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random stream.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bars and no lines per event.")]
-KindOption = Annotated[Optional[str], typer.Option("--kind", help="text, qa, chat, classes or images; by default seen from the columns.")]  # noqa: UP007
+KindOption = Annotated[str | None, typer.Option("--kind", help="text, qa, chat, classes or images; by default seen from the columns.")]
 
 
 def main() -> None:
@@ -90,10 +90,10 @@ def demo(
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="YAML file.")],
-    output: Annotated[Optional[Path], typer.Option(help="Folder of the results; by default the recipe's.")] = None,  # noqa: UP007
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; by default the recipe's.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped or killed.")] = False,
     life: Annotated[list[str], typer.Option(help="Only this life; may be repeated.")] = [],  # noqa: B006
-    seed: Annotated[Optional[int], typer.Option(min=0, help="Instead of the recipe's.")] = None,  # noqa: UP007
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
     changes: Changes = [],  # noqa: B006
     check: Annotated[bool, typer.Option("--check", help="Read recipe, data and model, say what would be done, write nothing.")] = False,
     quiet: Quiet = False,
@@ -125,7 +125,7 @@ def learn(
     data: Annotated[str, typer.Option(help="Rows to learn: JSONL, Parquet, CSV, text, a folder of images, IDX.")],
     out: Out,
     method: Annotated[str, typer.Option(help="Learner; `remanence systems` lists them.")] = "sequential",
-    test: Annotated[Optional[str], typer.Option(help="Rows to measure on; by default the training rows.")] = None,  # noqa: UP007
+    test: Annotated[str | None, typer.Option(help="Rows to measure on; by default the training rows.")] = None,
     kind: KindOption = None,
     changes: Changes = [],  # noqa: B006
     seed: Seed = 0,
@@ -144,9 +144,9 @@ def forget(
     model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or desk:NAME.")],
     request: Annotated[str, typer.Option(help="Rows to forget.")],
     out: Out,
-    retain: Annotated[Optional[str], typer.Option(help="Rows that must stay.")] = None,  # noqa: UP007
-    neighbours: Annotated[Optional[str], typer.Option(help="Rows close to the forgotten ones, measured only.")] = None,  # noqa: UP007
-    holdout: Annotated[Optional[str], typer.Option(help="Rows that the model never saw, measured only.")] = None,  # noqa: UP007
+    retain: Annotated[str | None, typer.Option(help="Rows that must stay.")] = None,
+    neighbours: Annotated[str | None, typer.Option(help="Rows close to the forgotten ones, measured only.")] = None,
+    holdout: Annotated[str | None, typer.Option(help="Rows that the model never saw, measured only.")] = None,
     method: Annotated[str, typer.Option(help="Forgetter; `remanence systems` lists them.")] = "npo",
     kind: KindOption = None,
     changes: Changes = [],  # noqa: B006
@@ -198,8 +198,8 @@ def measure(
 def report(
     ledger: Annotated[list[Path], typer.Argument(help="Ledgers that runs wrote.")],
     out: Annotated[
-        Optional[Path], typer.Option("--out", help="File; by default report.html (or .md, .json) beside the first ledger.")
-    ] = None,  # noqa: UP007
+        Path | None, typer.Option("--out", help="File; by default report.html (or .md, .json) beside the first ledger.")
+    ] = None,
     format: Annotated[str, typer.Option("--format", help="html, md or json.")] = "html",
 ) -> None:
     """Make the report from ledgers alone.

@@ -89,19 +89,27 @@ def load_model(
     return loaded
 
 
-def save_model(model: nn.Module, processor: Any, folder: str | Path, notes: dict[str, Any] | None = None) -> None:
+def save_model(
+    model: nn.Module,
+    processor: Any,
+    folder: str | Path,
+    notes: dict[str, Any] | None = None,
+    *,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
     """Write model and processor to `folder`, whole or not at all, so that `load_model(folder)` gives the same bits.
 
     A Hugging Face model is written as its own `save_pretrained` does it, as safetensors. A PEFT model becomes an adapter folder with the
     model that it stands on in `base/`, for its weights may have been trained too. A plain module becomes `model.safetensors` and
-    `factory.json`; one that no factory made loads only through `load_weights`. `notes` go to `remanence.json`.
+    `factory.json`; one that no factory made loads only through `load_weights`. `notes` go to `remanence.json`. `state_dict` is what
+    `training.checkpoint.model_state` gathered from a sharded model, whose own tensors are only this process's part.
 
     Raises:
         Mistake: the folder cannot be written.
     """
     folder = Path(folder).absolute()
     with whole_folder(folder) as temporary, _quiet():
-        _write(_uncompiled(model), temporary, folder)
+        _write(_uncompiled(model), temporary, folder, state_dict)
         if processor is not None:
             processor.save_pretrained(str(temporary))
         write_text(temporary / NOTES, json.dumps({**(notes or {}), "processor": processor is not None}, indent=2, sort_keys=True) + "\n")
@@ -415,10 +423,12 @@ def _refuse_misfits(place: str, missing: Iterable[str], misfits: Iterable[Any], 
 # ---- writing ----
 
 
-def _write(model: nn.Module, folder: Path, final: Path) -> None:
+def _write(model: nn.Module, folder: Path, final: Path, state: dict[str, Tensor] | None = None) -> None:
     from peft import PeftModel
     from safetensors.torch import save_file
     from transformers import PreTrainedModel
+
+    from remanence.training.processes import is_sharded
 
     if isinstance(model, PeftModel):
         base = model.get_base_model()
@@ -433,9 +443,9 @@ def _write(model: nn.Module, folder: Path, final: Path) -> None:
             for config, name in zip(adapters, kept):
                 config.base_model_name_or_path = name
     elif isinstance(model, PreTrainedModel):
-        model.save_pretrained(str(folder))
+        model.save_pretrained(str(folder), state_dict=state if is_sharded(model) else None)
     else:
-        save_file(_own_memory(_distinct(model)), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(_own_memory(state.items() if state and is_sharded(model) else _distinct(model)), folder / WEIGHTS, metadata={"format": "pt"})
         write_text(folder / FACTORY, json.dumps({"factory": getattr(model, "remanence_factory", None)}) + "\n")
 
 
