@@ -445,7 +445,9 @@ def _write(model: nn.Module, folder: Path, final: Path, state: dict[str, Tensor]
     elif isinstance(model, PreTrainedModel):
         model.save_pretrained(str(folder), state_dict=state if is_sharded(model) else None)
     else:
-        save_file(_own_memory(state.items() if state and is_sharded(model) else _distinct(model)), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            _own_memory(state.items() if state and is_sharded(model) else _distinct(model)), folder / WEIGHTS, metadata={"format": "pt"}
+        )
         write_text(folder / FACTORY, json.dumps({"factory": getattr(model, "remanence_factory", None)}) + "\n")
 
 
