@@ -76,7 +76,9 @@ def read_rows(path: str | Path, *, kind: str, columns: dict[str, str] | None = N
     where = f"{place}: {path}" if place else str(path)
     rows = _from_hub(str(path), where) if str(path).startswith("hub:") else _from_disk(Path(path), where)
     rows = _rename(where, rows, columns or {})
-    return check_columns(where, _cells(where, rows, kind) if str(path).lower().endswith(".csv") else rows, kind)
+    if Path(path).suffix.lower() == ".csv" and Path(path).expanduser().is_file():
+        rows = _cells(where, rows, kind)
+    return check_columns(where, rows, kind)
 
 
 def check_columns(where: str, rows: Dataset, kind: str) -> Dataset:
@@ -189,7 +191,7 @@ def _from_disk(path: Path, where: str) -> Dataset:
 def _nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f"the folder {path.parent} does not exist either"
-    names = sorted(item.name for item in path.parent.iterdir())
+    names = sorted(item.name for item in path.parent.iterdir() if not item.name.startswith("."))
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
     if close:
         return f"did you mean '{close[0]}'?"
@@ -371,7 +373,7 @@ def _json_rows(path: Path, where: str) -> Iterator[tuple[int, dict[str, Any]]]:
         offset = 0
         for line, raw in enumerate(handle, start=1):
             if raw.strip() and raw != BOM:
-                row = _parse(raw, where, line, offset)
+                row = _parse(raw.rstrip(), where, line, offset)
                 if not isinstance(row, dict):
                     raise Mistake(f"{where}:{line}", f"is {type(row).__name__}, not an object", "write one JSON object per line")
                 yield line, row
