@@ -60,7 +60,10 @@ def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Look at a model without leaving a trace: evaluation mode, no gradients; afterwards each submodule's mode and the global generators are as before."""
+    """Look at a model without leaving a trace: evaluation mode, no gradients.
+
+    Afterwards each submodule's mode and the global generators are as they were.
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad():
