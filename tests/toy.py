@@ -13,14 +13,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 HEADS, KEY_HEADS = 4, 2  # grouped queries where the family has them
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 
-_SHARED: dict[str, Any] = {"attention_dropout": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.1}
+_PLAIN: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.1}
+_SHARED: dict[str, Any] = {**_PLAIN, "attention_dropout": 0.0}
 _GROUPED: dict[str, Any] = {**_SHARED, "num_key_value_heads": KEY_HEADS}
 _EXTRA: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "qwen2": _GROUPED,
     "qwen3": {**_GROUPED, "head_dim": 8},
     "mistral": {**_GROUPED, "head_dim": 8},
-    "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.1},
+    "gpt2": {**_PLAIN, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_neox": {**_SHARED, "hidden_dropout": 0.0},
     "gemma": {**_GROUPED, "head_dim": 16},  # heads wider than width / heads, as in the real one
     "gemma2": {**_GROUPED, "head_dim": 16, "query_pre_attn_scalar": 16},
@@ -31,7 +32,7 @@ FAMILIES = list(_EXTRA)
 
 
 def toy_config(family: str, *, vocab: int = 64, width: int = 32, layers: int = 2) -> Any:
-    """Return the configuration of `toy_lm`: 4 heads (2 key heads where the family groups them), MLP twice the width, 128 positions, no dropout."""
+    """Return the configuration of `toy_lm`: 4 heads (2 key heads where the family groups them), 128 positions, no dropout."""
     shape: dict[str, Any] = {"vocab_size": vocab, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": HEADS}
     if family == "gpt2":
         shape |= {"n_inner": 2 * width, "n_positions": 128}
@@ -47,7 +48,9 @@ def toy_lm(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(toy_config(family, vocab=vocab, width=width, layers=layers), dtype=torch.float32)
-    return model.to(dtype).eval()
+    for weight in model.parameters():  # not .to(dtype), which would round the rotary frequencies too
+        weight.data = weight.data.to(dtype)
+    return model.eval()
 
 
 def toy_batch(*, seed: int = 0, rows: int = 3, tokens: int = 9, vocab: int = 64) -> dict[str, torch.Tensor]:

@@ -155,7 +155,8 @@ def digest_tensors(named: Any) -> str:
 
     total = hashlib.sha256()
     for name, tensor in sorted(named, key=lambda pair: pair[0]):
-        plain = tensor.detach().cpu().contiguous()
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # a sharded parameter: every process calls
+        plain = whole.detach().cpu().contiguous()
         total.update(f"{name}|{plain.dtype}|{tuple(plain.shape)}|".encode())
         total.update(plain.reshape(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b"")
     return total.hexdigest()

@@ -52,7 +52,7 @@ def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     A Hugging Face model gets the inputs of the batch by name and never its labels; a plain module gets `pixel_values` (or, without
     them, `input_ids`) as its only argument and returns a tensor or something with `.logits`.
     """
-    if isinstance(unwrapped(model), PreTrainedModel):
+    if isinstance(model, PreTrainedModel) or isinstance(unwrapped(model), PreTrainedModel):  # the plain case first: unwrapping costs imports
         return model(**{name: batch[name] for name in INPUTS if name in batch}).logits
     out = model(batch["pixel_values"] if "pixel_values" in batch else batch["input_ids"])
     return out if isinstance(out, Tensor) else out.logits
@@ -60,7 +60,10 @@ def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """Look at a model without leaving a trace: evaluation mode, no gradients; afterwards each submodule's mode and the global generators are as before."""
+    """Look at a model without leaving a trace: evaluation mode, no gradients.
+
+    Afterwards each submodule's mode and the global generators are as they were.
+    """
     modes = [(module, module.training) for module in model.modules()]
     devices = sorted({tensor.device.index or 0 for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(devices=devices), torch.no_grad():

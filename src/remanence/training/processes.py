@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,15 @@ def barrier() -> None:
     """Wait for all processes."""
     if world_size() > 1:
         torch.distributed.barrier()
+
+
+def from_main(value: Any) -> Any:
+    """Return the main process's value in every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def sum_over_processes(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 T = TypeVar("T")
 
 
-class bar:  # noqa: N801
+class bar:
     """Show `name ━━━━ 40/200 loss 1.2 rate 0.001 0:00:12`; `stop` removes it.
 
     Args:
@@ -20,7 +20,13 @@ class bar:  # noqa: N801
     """
 
     def __init__(self, name: str, total: int):
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False, redirect_stderr=False)
         self._task = self._progress.add_task(name, total=total, note="")
         self._progress.start()

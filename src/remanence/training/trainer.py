@@ -131,7 +131,9 @@ class Settings:
             return TypeAdapter(Settings).validate_python({field.name: getattr(self, field.name) for field in fields(self)} | changes)
         except ValidationError as error:
             first = error.errors()[0]
-            raise Mistake(".".join([place, *map(str, first["loc"])]), f"{first['msg']}, got {first['input']!r}", "correct the value") from None
+            raise Mistake(
+                ".".join([place, *map(str, first["loc"])]), f"{first['msg']}, got {first['input']!r}", "correct the value"
+            ) from None
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {  # multiplier of the rate after the share x of the steps behind the warm-up
@@ -401,7 +403,12 @@ class Trainer:
                     self._watch(model, first + number + 1)
                 if enough:
                     break
-                if self._checkpoints and self._checkpoints.every and (number + 1) % self._checkpoints.every == 0 and number + 1 < numbers.stop:
+                if (
+                    self._checkpoints
+                    and self._checkpoints.every
+                    and (number + 1) % self._checkpoints.every == 0
+                    and number + 1 < numbers.stop
+                ):
                     log.flush()
                     self._save(model, descent, stage, number + 1)
 
@@ -454,7 +461,9 @@ def share_denominators(micro: list[Batch], pieces: int) -> None:
     Streams of the same position are matched: batch["retain"] of one piece with batch["retain"] of the others.
     """
     columns = list(zip(*([*batch.parts()] for batch in micro), strict=True))
-    counts = torch.tensor([[sum(part.own_rows() for part in parts), sum(part.own_tokens() for part in parts)] for parts in columns], dtype=torch.float64)
+    counts = torch.tensor(
+        [[sum(part.own_rows() for part in parts), sum(part.own_tokens() for part in parts)] for parts in columns], dtype=torch.float64
+    )
     sum_over_processes(counts)
     for parts, (rows, tokens) in zip(columns, (counts / pieces).tolist()):
         for part in parts:
@@ -540,7 +549,9 @@ class _Log:
         for (number, _, rate, norm), loss in zip(self.rows, losses):
             if not math.isfinite(loss):
                 raise Mistake(
-                    f"{trainer.name}, step {number + 1}", f"the loss is {loss}", f"lower the learning rate (now {rate:g}) or clip gradients harder"
+                    f"{trainer.name}, step {number + 1}",
+                    f"the loss is {loss}",
+                    f"lower the learning rate (now {rate:g}) or clip gradients harder",
                 )
             for metric, value in (("loss", loss), ("rate", rate), ("norm", norm)):
                 if value is not None:
@@ -548,7 +559,9 @@ class _Log:
         trainer.record("steps", rows)
         if trainer.settings.trackers:
             number = self.rows[-1][0]
-            trainer.accelerator.log({f"{trainer.name}/loss": losses[-1], f"{trainer.name}/rate": self.rows[-1][2]}, step=self.first + number)
+            trainer.accelerator.log(
+                {f"{trainer.name}/loss": losses[-1], f"{trainer.name}/rate": self.rows[-1][2]}, step=self.first + number
+            )
         self._draw(self.rows[-1][0] + 1, losses[-1], self.rows[-1][2])
         self.rows.clear()
 

@@ -1,0 +1,236 @@
+"""The one explicit table: name -> class, paper, family. `build` makes an object from a recipe's clause; nothing is imported before it is asked for."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from dataclasses import dataclass
+from typing import Any, get_type_hints
+
+from remanence.errors import Mistake, nearest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One system.
+
+    Args:
+        name: what a recipe says.
+        verb: learn | forget | remember | recall | measure.
+        home: `module:Class` below `remanence`.
+        family: of the survey's map (replay, regularisation, ...).
+        summary: one line.
+        paper: where it comes from.
+        arxiv: identifier, if there is one.
+        slug: of its sheet and claim; empty for baselines.
+    """
+
+    name: str
+    verb: str
+    home: str
+    family: str
+    summary: str
+    paper: str = ""
+    arxiv: str = ""
+    slug: str = ""
+
+    def load(self) -> type:
+        """Import the class."""
+        module, _, name = self.home.partition(":")
+        return getattr(importlib.import_module(f"remanence.{module}"), name)
+
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry("sequential", "learn", "learn.sequential:Sequential", "baseline", "Plain fine-tuning on what comes; the lower bound."),
+    Entry("joint", "learn", "learn.joint:Joint", "baseline", "Train on everything seen so far together; the upper bound."),
+    Entry(
+        "replay",
+        "learn",
+        "learn.replay:Replay",
+        "replay",
+        "Mix rows of a memory into every batch (ER).",
+        "On Tiny Episodic Memories in Continual Learning, Chaudhry et al. 2019",
+        "1902.10486",
+    ),
+    Entry(
+        "derpp",
+        "learn",
+        "learn.derpp:DERpp",
+        "replay",
+        "Replay stored logits as well as labels (DER++).",
+        "Dark Experience for General Continual Learning, Buzzega et al. 2020",
+        "2004.07211",
+    ),
+    Entry(
+        "agem",
+        "learn",
+        "learn.agem:AGEM",
+        "replay",
+        "Project the gradient where it would hurt the memory.",
+        "Efficient Lifelong Learning with A-GEM, Chaudhry et al. 2019",
+        "1812.00420",
+    ),
+    Entry(
+        "ewc",
+        "learn",
+        "learn.ewc:EWC",
+        "parameter regularisation",
+        "Pull weights back in proportion to their Fisher information.",
+        "Overcoming catastrophic forgetting in neural networks, Kirkpatrick et al. 2017",
+        "1612.00796",
+    ),
+    Entry(
+        "lwf",
+        "learn",
+        "learn.lwf:LwF",
+        "function regularisation",
+        "Distil the old model's outputs on the new inputs.",
+        "Learning without Forgetting, Li and Hoiem 2016",
+        "1606.09282",
+    ),
+    Entry(
+        "lora",
+        "learn",
+        "learn.lora:LoRA",
+        "architecture",
+        "Train a low-rank adapter per task and merge it.",
+        "LoRA: Low-Rank Adaptation of Large Language Models, Hu et al. 2021",
+        "2106.09685",
+    ),
+    Entry(
+        "hft",
+        "learn",
+        "learn.hft:HalfTuning",
+        "sparse updates",
+        "Train a random half of the weight matrices, freeze the other half, draw anew each round.",
+        "HFT: Half Fine-Tuning for Large Language Models, Hui et al. 2025",
+        "2404.18466",
+        "hft",
+    ),
+    Entry("retrain", "forget", "forget.retrain:Retrain", "exact", "Train again without the rows; the oracle."),
+    Entry(
+        "gradient-ascent",
+        "forget",
+        "forget.gradient_ascent:GradientAscent",
+        "global weights",
+        "Climb the loss of the forget set.",
+        "Knowledge Unlearning for Mitigating Privacy Risks in Language Models, Jang et al. 2022",
+        "2210.01504",
+    ),
+    Entry(
+        "gradient-difference",
+        "forget",
+        "forget.gradient_difference:GradientDifference",
+        "global weights",
+        "Climb on the forget set, descend on the retain set.",
+        "Continual Learning and Private Unlearning, Liu et al. 2022",
+        "2203.12817",
+    ),
+    Entry(
+        "kl",
+        "forget",
+        "forget.kl:AscentKL",
+        "global weights",
+        "Climb on the forget set, stay close to the old model on the retain set.",
+        "TOFU: A Task of Fictitious Unlearning for LLMs, Maini et al. 2024",
+        "2401.06121",
+    ),
+    Entry(
+        "npo",
+        "forget",
+        "forget.npo:NPO",
+        "global weights",
+        "Preference optimisation with negatives alone: ascent that slows down as it succeeds.",
+        "Negative Preference Optimization, Zhang et al. 2024",
+        "2404.05868",
+    ),
+    Entry(
+        "ssd",
+        "forget",
+        "forget.ssd:SSD",
+        "local weights",
+        "Shrink the weights that matter far more to the forget set than to all data; no training.",
+        "Fast Machine Unlearning Without Retraining Through Selective Synaptic Dampening, Foster et al. 2024",
+        "2308.07707",
+        "ssd",
+    ),
+    Entry("loss", "measure", "measure.loss:Loss", "probe", "Mean loss and perplexity on held-out rows."),
+    Entry(
+        "recall",
+        "measure",
+        "measure.recall:Recall",
+        "probe",
+        "Does the model give the answer: greedy match, probability, rank; direct and paraphrased.",
+    ),
+    Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right."),
+)
+
+STANDARD_PROBES = {
+    "text": ("loss",),
+    "chat": ("loss",),
+    "qa": ("recall", "loss"),
+    "classes": ("accuracy", "loss"),
+    "images": ("accuracy", "loss"),
+}
+
+
+def entry(name: str, verb: str, place: str = "method") -> Entry:
+    """Return a verb's entry by name.
+
+    Raises:
+        Mistake: there is none of that name; the nearest is suggested.
+    """
+    known = {item.name: item for item in ENTRIES if item.verb == verb}
+    if name in known:
+        return known[name]
+    elsewhere = next((item for item in ENTRIES if item.name == name), None)
+    if elsewhere is not None:
+        raise Mistake(place, f"'{name}' is a method to {elsewhere.verb}, not to {verb}", f"known here are {', '.join(sorted(known))}")
+    raise Mistake(place, f"unknown method '{name}'", nearest(name, known))
+
+
+def build(clause: str | dict[str, Any], verb: str, place: str) -> Any:
+    """Make a method from a clause: its name, or a dict with `method` and hyper-parameters (`inner` may be a clause again).
+
+    Raises:
+        Mistake: unknown method or key, or a value of the wrong type, each with the place and the nearest name.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    if isinstance(clause, str):
+        clause = {"method": clause}
+    if not isinstance(clause, dict) or not isinstance(clause.get("method"), str):
+        raise Mistake(place, "names no method", "write `method: NAME`, and its hyper-parameters beside it")
+    found = entry(clause["method"], verb, f"{place}.method").load()
+    settable = {item.name: item for item in dataclasses.fields(found) if item.init}
+    given: dict[str, Any] = {}
+    hints = get_type_hints(found)
+    for key, value in clause.items():
+        if key == "method":
+            continue
+        if key not in settable:
+            raise Mistake(f"{place}.{key}", f"'{clause['method']}' has no such key", nearest(key, settable) if settable else "it has none")
+        if key == "inner":
+            given[key] = build(value, verb, f"{place}.{key}")
+            continue
+        try:
+            given[key] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        except ValidationError as error:
+            raise Mistake(f"{place}.{key}", f"{error.errors()[0]['msg']}, got {value!r}", "correct the value") from None
+    missing = [
+        name
+        for name, item in settable.items()
+        if name not in given and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise Mistake(f"{place}.{missing[0]}", "is missing", f"'{clause['method']}' needs it")
+    return found(**given)
+
+
+def label(clause: str | dict[str, Any]) -> str:
+    """Return a clause's short name for people: `hft+replay`."""
+    if isinstance(clause, str):
+        return clause
+    inner = clause.get("inner")
+    name = str(clause.get("method"))
+    return f"{name}+{label(inner)}" if isinstance(inner, str | dict) and label(inner) != "sequential" else name

@@ -1,0 +1,306 @@
+"""The command line: a thin shell over the library. Exit codes: 0 done, 2 a mistake that one sentence explains, 130 interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from remanence.errors import Mistake
+
+app = typer.Typer(
+    help="Decide what a model remembers, and prove what remains.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+
+Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, value in YAML; may be repeated.")]
+Out = Annotated[Path, typer.Option("--out", help="Folder of the new model; must not exist yet.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of every random stream.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bars and no lines per event.")]
+KindOption = Annotated[str | None, typer.Option("--kind", help="text, qa, chat, classes or images; by default seen from the columns.")]
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one sentence and exit code 2."""
+    import warnings
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        with _quiet_libraries():
+            app()
+    except Mistake as mistake:
+        _fail(str(mistake))
+    except KeyboardInterrupt:
+        print("remanence: interrupted; go on with --resume", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(141)
+    except OSError as error:
+        _fail(f"{error.filename or 'system'}: {error.strerror or error}; check the path, its permissions and the free space")
+
+
+def _fail(sentence: str) -> None:
+    print("remanence: " + " ".join(sentence.split()), file=sys.stderr)
+    sys.exit(2)
+
+
+@contextlib.contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own bars and notices off the terminal."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    yield
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of the results; an old demo there is replaced.")] = Path("runs/demo"),
+    quiet: Quiet = False,
+) -> None:
+    """A week in the life of a model, lived twice: carelessly and carefully.
+
+    Example: `remanence demo`
+    """
+    import shutil
+
+    from remanence.recipe import Recipe
+    from remanence.runs import LEDGER, run_recipe
+
+    recipe = Recipe.load(Path(__file__).parent / "demo.yaml")
+    if output.exists():
+        if not (output / LEDGER).is_file() and any(output.iterdir()):
+            raise Mistake(output, "is not an old demo", "name another --output")
+        shutil.rmtree(output)
+    place = run_recipe(recipe, output=output, progress=not quiet)
+    print(place / "report.html")
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="YAML file.")],
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; by default the recipe's.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run was stopped or killed.")] = False,
+    life: Annotated[list[str], typer.Option(help="Only this life; may be repeated.")] = [],  # noqa: B006
+    seed: Annotated[int | None, typer.Option(min=0, help="Instead of the recipe's.")] = None,
+    changes: Changes = [],  # noqa: B006
+    check: Annotated[bool, typer.Option("--check", help="Read recipe, data and model, say what would be done, write nothing.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Walk a model through a recipe's events; measure, record, report.
+
+    Example: `remanence run recipes/quick/digits.yaml --set training.lr=1e-3`
+
+    Several processes: `accelerate launch --num_processes 2 --cpu -m remanence run recipes/quick/digits.yaml`
+    """
+    from remanence.recipe import Recipe
+    from remanence.runs import run_recipe
+
+    read = Recipe.load(recipe, changes)
+    if check:
+        for name in life or read.life_names:
+            lived = read.life(name, seed=seed, progress=False)
+            for deed in lived.deeds:
+                print(f"{name}: {deed.event.name} by {deed.label}")
+        return
+    place = run_recipe(read, output=output, resume=resume, seed=seed, lives=life, progress=not quiet)
+    if os.environ.get("RANK", "0") == "0":
+        print(place / "report.html")
+
+
+@app.command()
+def learn(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or desk:NAME.")],
+    data: Annotated[str, typer.Option(help="Rows to learn: JSONL, Parquet, CSV, text, a folder of images, IDX.")],
+    out: Out,
+    method: Annotated[str, typer.Option(help="Learner; `remanence systems` lists them.")] = "sequential",
+    test: Annotated[str | None, typer.Option(help="Rows to measure on; by default the training rows.")] = None,
+    kind: KindOption = None,
+    changes: Changes = [],  # noqa: B006
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Teach a model new rows and save it as an ordinary model folder, with its ledger and report beside it.
+
+    Example: `remanence learn desk:bio --data people.jsonl --method hft --set ratio=0.5 --set training.steps=100 --out runs/learned`
+    """
+    event = {"learn": "task", "data": _source(data), "kind": kind or _kind(data), "method": _clause(method, changes)}
+    _serve(model, event | ({"test": _source(test)} if test else {}), out, changes, seed, quiet)
+
+
+@app.command()
+def forget(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or desk:NAME.")],
+    request: Annotated[str, typer.Option(help="Rows to forget.")],
+    out: Out,
+    retain: Annotated[str | None, typer.Option(help="Rows that must stay.")] = None,
+    neighbours: Annotated[str | None, typer.Option(help="Rows close to the forgotten ones, measured only.")] = None,
+    holdout: Annotated[str | None, typer.Option(help="Rows that the model never saw, measured only.")] = None,
+    method: Annotated[str, typer.Option(help="Forgetter; `remanence systems` lists them.")] = "npo",
+    kind: KindOption = None,
+    changes: Changes = [],  # noqa: B006
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Make a model forget rows and save it as an ordinary model folder, with its ledger and report beside it.
+
+    Example: `remanence forget runs/learned --request erase.jsonl --retain keep.jsonl --method npo --out runs/forgotten`
+    """
+    event = {"forget": "request", "data": _source(request), "kind": kind or _kind(request), "method": _clause(method, changes)}
+    event |= {part: _source(value) for part, value in (("retain", retain), ("neighbours", neighbours), ("holdout", holdout)) if value}
+    _serve(model, event, out, changes, seed, quiet)
+
+
+@app.command()
+def measure(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub id, or desk:NAME.")],
+    data: Annotated[str, typer.Option(help="Rows to measure on.")],
+    probe: Annotated[list[str], typer.Option(help="Probe; may be repeated; by default those of the kind.")] = [],  # noqa: B006
+    kind: KindOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, items included.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Measure what a model remembers of some rows; nothing is written.
+
+    Example: `remanence measure runs/learned --probe recall --data people.jsonl --json`
+    """
+    from remanence.models.load import load_model
+    from remanence.recipe import expand, probes_for
+    from remanence.stream import Moment
+
+    kind = kind or _kind(data)
+    rows = _rows(data, kind)
+    probes = probes_for(rows, kind, probe or None)
+    loaded = load_model(expand(model), seed=seed)
+    found = {name: made.measure(loaded.model, Moment(processor=loaded.processor, seed=seed)) for name, made in probes.items()}
+    if as_json:
+        print(json.dumps({name: {"values": scores.values, "items": scores.items} for name, scores in found.items()}, indent=1))
+        return
+    _table(
+        f"{model} on {data} ({len(rows)} rows)",
+        ("probe", "metric", "value"),
+        [(n, m, f"{v:.4g}") for n, s in found.items() for m, v in s.values.items()],
+    )
+
+
+@app.command()
+def report(
+    ledger: Annotated[list[Path], typer.Argument(help="Ledgers that runs wrote.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File; by default report.html (or .md, .json) beside the first ledger.")
+    ] = None,
+    format: Annotated[str, typer.Option("--format", help="html, md or json.")] = "html",
+) -> None:
+    """Make the report from ledgers alone.
+
+    Example: `remanence report runs/demo/ledger.sqlite --format md --out week.md`
+    """
+    from remanence.errors import nearest
+    from remanence.report.page import write_report
+
+    if format not in ("html", "md", "json"):
+        raise Mistake("--format", f"unknown format '{format}'", nearest(format, ("html", "md", "json")))
+    print(write_report(ledger, out or ledger[0].parent / f"report.{format}", format=format))
+
+
+@app.command()
+def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """List every method and probe: name, verb, family, paper, and what its claim's last recorded run said.
+
+    Example: `remanence systems --json`
+    """
+    from remanence.systems import system_rows
+
+    rows = system_rows()
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    _table(
+        "systems",
+        ("name", "verb", "family", "what it does", "claim"),
+        [(r["name"], r["verb"], r["family"], r["summary"], r["claim"]) for r in rows],
+    )
+
+
+# What the commands share.
+
+
+def _source(path: str) -> Any:
+    """Return a data clause: a path (made absolute, for it begins at the current folder), or an inline YAML mapping."""
+    if path.lstrip().startswith("{"):
+        import yaml
+
+        try:
+            return yaml.safe_load(path)
+        except yaml.YAMLError as error:
+            raise Mistake("data", f"is not a YAML mapping ({getattr(error, 'problem', error)})", "quote it, or name a file") from None
+    from remanence.recipe import expand
+
+    expanded = os.path.expanduser(expand(path))
+    return expanded if ":" in expanded and not Path(expanded).exists() else str(Path(expanded).absolute())
+
+
+def _rows(path: str, kind: str) -> Any:
+    from remanence.data.sources import load_rows
+
+    return load_rows(_source(path), kind=kind, place=path, folder=Path("."))
+
+
+def _kind(path: str) -> str:
+    """See the kind from the columns or the file's ending."""
+    from remanence.data.readers import guess_kind
+
+    return guess_kind(_source(path))
+
+
+def _clause(method: str, changes: list[str]) -> dict[str, Any]:
+    """Return a method's clause; changes whose key does not begin with `training.` or `measure.` are its hyper-parameters."""
+    from remanence.recipe import _override
+
+    clause: dict[str, Any] = {"method": method}
+    for change in changes:
+        if not change.startswith(("training.", "measure.")):
+            _override(clause, change)
+    return clause
+
+
+def _serve(model: str, event: dict[str, Any], out: Path, changes: list[str], seed: int, quiet: bool) -> None:
+    """Serve one event: a recipe with a single life, its model saved in `out`, ledger and report in `out/remanence`."""
+    import shutil
+
+    from remanence.recipe import Recipe, _override
+    from remanence.runs import run_recipe
+
+    if out.exists() and any(out.iterdir()):
+        raise Mistake(out, "is there already and not empty", "name another --out")
+    tree: dict[str, Any] = {"name": out.name or "model", "model": model, "events": [event], "seed": seed}
+    for change in changes:
+        if change.startswith(("training.", "measure.")):
+            _override(tree, change)
+    recipe = Recipe.of(tree, place="options", folder=Path("."))
+    place = run_recipe(recipe, output=out / "remanence", progress=not quiet)
+    for path in (place / "life" / "model").iterdir():
+        os.replace(path, out / path.name)
+    shutil.rmtree(place / "life")
+    print(out)
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)

@@ -1,0 +1,62 @@
+"""Give scikit-learn's 1,797 handwritten digits as rows of kind `classes`: real images on any machine, no download."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from remanence.errors import Mistake, nearest
+from remanence.seeds import derive
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+PARTS = ("train", "test")
+
+
+def digits(part: str = "train", classes: Iterable[int] | None = None) -> Dataset:
+    """Return the digits of one part: `features` float32 (8, 8) in [0, 1], `label` int.
+
+    The split is 80/20, stratified and always the same; labels keep their numbers when `classes` picks some.
+
+    Raises:
+        Mistake: an unknown part, or a class that is no digit.
+    """
+    if part not in PARTS:
+        raise Mistake("digits", f"no part '{part}'", nearest(part, PARTS))
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    images, labels = load_digits(return_X_y=True)
+    rows = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=derive("digits", "split") % 2**32)[
+        PARTS.index(part)
+    ]
+    rows = np.sort(rows)
+    rows = rows[in_classes("digits", labels[rows], classes)]
+    return image_rows(images[rows].reshape(-1, 8, 8) / 16, labels[rows])
+
+
+def in_classes(place: str, labels: np.ndarray, classes: Iterable[int] | None) -> np.ndarray:
+    """Return a mask of the labels (N,) that are among `classes`; all of them when it is `None`.
+
+    Raises:
+        Mistake: a class that no label has, or no class at all.
+    """
+    if classes is None:
+        return np.ones(len(labels), dtype=bool)
+    wanted, present = sorted(set(classes)), np.unique(labels).tolist()
+    missing = [label for label in wanted if label not in present]
+    if missing or not wanted:
+        problem = f"class {missing[0]} does not occur" if missing else "classes is empty"
+        raise Mistake(place, problem, f"choose among {', '.join(map(str, present))}")
+    return np.isin(labels, wanted)
+
+
+def image_rows(images: np.ndarray, labels: np.ndarray) -> Dataset:
+    """Return rows of kind `classes` from grey images (N, H, W) in [0, 1] and labels (N,)."""
+    from datasets import Array2D, Dataset, Features, Value
+
+    features = Features({"features": Array2D(shape=images.shape[1:], dtype="float32"), "label": Value("int64")})
+    return Dataset.from_dict({"features": images.astype(np.float32), "label": labels.astype(np.int64)}, features=features)

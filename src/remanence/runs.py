@@ -1,0 +1,113 @@
+"""A recipe as a run on disk: one output folder with the lives' models, one ledger and the report.
+
+OUTPUT/ledger.sqlite    every number
+OUTPUT/LIFE/model/      the model at the end of the life, an ordinary Hugging Face folder
+OUTPUT/LIFE/state/      the state behind the last complete event (removed when the life is over)
+OUTPUT/recipe.yaml      what was run
+OUTPUT/report.html      made from the ledger alone
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from remanence.errors import Mistake
+from remanence.storage import write_text
+
+if TYPE_CHECKING:
+    from remanence.recipe import Recipe
+
+LEDGER = "ledger.sqlite"
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder for one run at a time.
+
+    Raises:
+        Mistake: another process holds it, or it cannot be written.
+    """
+    import fcntl
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise Mistake(folder, f"cannot be written ({error.strerror})", "name another output") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Mistake(folder, "another run is writing here", "wait for it, or name another output") from None
+        yield
+    finally:
+        os.close(handle)
+
+
+def run_recipe(
+    recipe: Recipe,
+    *,
+    output: Path | None = None,
+    resume: bool = False,
+    seed: int | None = None,
+    lives: Sequence[str] = (),
+    progress: bool = True,
+    report: bool = True,
+) -> Path:
+    """Run all lives of a recipe (or the named ones), one after the other, and write the report; return the output folder.
+
+    Everything that can be refused is refused before the first file is written. Lives that are complete are left alone on `resume`.
+
+    Raises:
+        Mistake: anything wrong with recipe, data, model or output.
+    """
+    from remanence.ledger import Ledger
+    from remanence.life import without_forgotten
+    from remanence.training.processes import barrier, from_main, rank
+
+    place = output or recipe.place
+    seed = recipe.seed if seed is None else seed
+    names = list(lives) or recipe.life_names
+    first = recipe.life(names[0], seed=seed, progress=progress)  # reads all data and the model: what is wrong with them shows here
+    if any(recipe.lives[name].oracle for name in names if name in recipe.lives):
+        without_forgotten(first.deeds)
+    main = rank() == 0
+    with locked(place) if main else contextlib.nullcontext():
+        path = place / LEDGER
+        if from_main(path.exists()) and not resume:
+            raise Mistake(place, "holds a run already", "add --resume to go on, or name another --output")
+        ledger = Ledger(path) if main else None
+        try:
+            if main:
+                write_text(place / "recipe.yaml", dump(recipe))
+            for number, name in enumerate(names):
+                folder = place / name
+                life = first if number == 0 else recipe.life(name, seed=seed, progress=progress)
+                life.ledger, life.folder = ledger, folder / "work" / f"seed-{seed}"
+                if from_main(ledger is not None and ledger.done(life.run_id) == len(life.deeds)) and (folder / "model").is_dir():
+                    continue
+                life.run(resume=resume)
+                life.save(folder / "model")
+                if main:
+                    shutil.rmtree(folder / "work", ignore_errors=True)
+                barrier()
+        finally:
+            if ledger is not None:
+                ledger.close()
+        if report and main:
+            from remanence.report.page import write_report
+
+            write_report([path], place / "report.html")
+    return place
+
+
+def dump(recipe: Recipe) -> str:
+    """Return a recipe as YAML."""
+    import yaml
+
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=False, allow_unicode=True)
