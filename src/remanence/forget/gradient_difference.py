@@ -45,7 +45,9 @@ class GradientDifference:
     def __post_init__(self) -> None:
         for name in ("gamma", "alpha"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise Mistake(f"gradient_difference.{name}", f"must be 0 or more, and finite, got {getattr(self, name)!r}", "correct the value")
+                raise Mistake(
+                    f"gradient_difference.{name}", f"must be 0 or more, and finite, got {getattr(self, name)!r}", "correct the value"
+                )
 
     def forget(self, model: nn.Module, request: Request, trainer: Trainer) -> nn.Module:
         """Minimise -gamma NLL(forget) + alpha NLL(retain) for the trainer's steps.

@@ -31,7 +31,7 @@ from remanence.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
-class KL:
+class AscentKL:
     """Ascend on the forget rows; keep the predictions on the retain rows.
 
     Args:

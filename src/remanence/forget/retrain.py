@@ -72,7 +72,9 @@ class Retrain:
         before = sum(len(task.train) for task in trainer.history)
         kept = sum(len(rows) for _, rows, _ in tasks)
         if before and kept == before:
-            warnings.warn(f"request '{request.name}': no row of the {len(trainer.history)} tasks before it equals a forget row", stacklevel=2)
+            warnings.warn(
+                f"request '{request.name}': no row of the {len(trainer.history)} tasks before it equals a forget row", stacklevel=2
+            )
         trainer.note("retrain", {"rows": kept, "removed": before - kept if before else 0, "start": self.start, "order": self.order})
         for batches in self._stages(tasks, trainer):
             model = trainer.fit(model, batches, steps=trainer.steps_for(batches))
@@ -109,7 +111,9 @@ def remaining(history: tuple[Task, ...], request: Request) -> list[tuple[str, Da
         if len(rows):
             found.append((task.name, rows, task.kind))
     if not found:
-        raise Mistake(f"request '{request.name}'", "forgets every row that the model was trained on", "start from an untrained model instead")
+        raise Mistake(
+            f"request '{request.name}'", "forgets every row that the model was trained on", "start from an untrained model instead"
+        )
     return found
 
 
@@ -135,7 +139,9 @@ def draw_anew(model: nn.Module, seed: int) -> None:
                 if name in buffers:
                     buffer.copy_(buffers[name])
         else:
-            reset_layers(model)
+            device = next(model.parameters()).device
+            reset_layers(model.cpu())  # drawn where the seed holds
+            model.to(device)
 
 
 def reset_layers(model: nn.Module) -> None:
@@ -154,7 +160,9 @@ def reset_layers(model: nn.Module) -> None:
     drawn |= {id(parameter) for layer in adapted for name, parameter in layer.named_parameters() if "lora_" in name}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in drawn:
-            raise Mistake("retrain.start", f"'{name}' belongs to a layer that cannot be drawn anew", "name a model to start from (module:function)")
+            raise Mistake(
+                "retrain.start", f"'{name}' belongs to a layer that cannot be drawn anew", "name a model to start from (module:function)"
+            )
     for layer in plain:
         layer.reset_parameters()  # type: ignore[operator]
     for layer in adapted:
@@ -174,4 +182,6 @@ def read_start(model: nn.Module, spec: str, seed: int) -> None:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise Mistake("retrain.start", f"'{spec}' does not fit the model ({str(error).splitlines()[-1].strip()})", "name its start") from error
+        raise Mistake(
+            "retrain.start", f"'{spec}' does not fit the model ({str(error).splitlines()[-1].strip()})", "name its start"
+        ) from error
