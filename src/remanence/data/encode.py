@@ -66,7 +66,7 @@ def encode_rows(rows: Dataset, kind: str, processor: Any, *, length: int = 256, 
         if kind == "qa":
             prompt = _prompt(template)
             options = {"tokenizer": processor, "length": length, "prompt": prompt}
-            return rows.map(_answers, batched=True, remove_columns=rows.column_names, fn_kwargs=options)
+            return rows.map(_answers, batched=True, with_indices=True, remove_columns=rows.column_names, fn_kwargs=options)
         return rows.map(_turns, remove_columns=rows.column_names, fn_kwargs={"tokenizer": processor, "length": length})
 
 
@@ -86,7 +86,7 @@ def _blocks(batch: dict[str, list], tokenizer: Any, length: int) -> dict[str, li
     return {"input_ids": cut, "labels": cut}
 
 
-def _answers(batch: dict[str, list], tokenizer: Any, length: int, prompt: str) -> dict[str, list]:
+def _answers(batch: dict[str, list], numbers: list[int], tokenizer: Any, length: int, prompt: str) -> dict[str, list]:
     """Fill in the template; supervise the tokens that end behind the prompt (a token across the border belongs to the answer)."""
     prompts = [prompt.replace("{question}", question) for question in batch["question"]]
     texts = [front + answer for front, answer in zip(prompts, batch["answer"])]
@@ -102,11 +102,11 @@ def _answers(batch: dict[str, list], tokenizer: Any, length: int, prompt: str) -
     else:
         coded = tokenizer(texts, add_special_tokens=True, verbose=False)
         starts = [len(row) for row in tokenizer([text[:border] for text, border in zip(texts, borders)], verbose=False)["input_ids"]]
-    for number, (ids, start) in enumerate(zip(coded["input_ids"], starts)):
+    for number, answer, ids, start in zip(numbers, batch["answer"], coded["input_ids"], starts):
         ids = ids if ids[-1:] == end else ids + end
         if len(ids) > length:
             raise Mistake(f"row {number}", f"has {len(ids)} tokens, the longest allowed is {length}", "raise `length` or shorten the row")
-        if start >= len(ids):
+        if not answer.strip() or start >= len(ids):
             raise Mistake(f"row {number}", "the answer is empty", "give every question an answer")
         found["input_ids"].append(ids)
         found["labels"].append([IGNORED] * start + ids[start:])
