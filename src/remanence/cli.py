@@ -345,9 +345,9 @@ def _rows(path: str, kind: str) -> Any:
 
 def _kind(path: str) -> str:
     """See the kind from the columns or the file's ending."""
-    from remanence.data.readers import guess_kind
+    from remanence.data.sources import guess_kind
 
-    return guess_kind(_source(path))
+    return guess_kind(_source(path), place=path)
 
 
 def _clause(method: str, changes: list[str]) -> dict[str, Any]:
