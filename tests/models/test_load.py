@@ -6,7 +6,6 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from remanence.models.roles import weights_by_role
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer
@@ -15,6 +14,7 @@ from remanence.errors import Mistake
 from remanence.models.adapters import add_lora, merge_lora, without_adapter
 from remanence.models.forward import logits_of
 from remanence.models.load import load_model, load_weights, parameter_count, save_model, weights_hash
+from remanence.models.roles import weights_by_role
 from toy import FAMILIES, toy_batch, toy_classifier, toy_config, toy_lm, toy_tokenizer
 
 
