@@ -182,7 +182,7 @@ class _Memory:
 
     def _prepare(self, batch: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """Return the columns to store, and the number of rows."""
-        columns = {name: value.detach() for name, value in {**batch, **extra}.items() if isinstance(value, Tensor)}
+        columns = {name: value.detach() for name, value in {**batch, **extra}.items() if isinstance(value, Tensor) and value.ndim}
         sizes = {name: len(value) for name, value in columns.items()}
         if len(set(sizes.values())) != 1:
             raise Mistake(
