@@ -117,7 +117,9 @@ def _turns(row: dict[str, Any], tokenizer: Any, length: int) -> dict[str, list]:
     """Apply the chat template turn by turn; supervise what each assistant turn added."""
     if tokenizer.chat_template is None:
         raise Mistake("data", "kind 'chat' needs a tokenizer with a chat template", "set `chat_template` or use kind 'qa'")
-    messages, ids, labels = row["messages"], [], []
+    messages = row["messages"]
+    ids: list[int] = []
+    labels: list[int] = []
     for number, message in enumerate(messages):
         whole = tokenizer.apply_chat_template(messages[: number + 1], tokenize=True, return_dict=False)
         if whole[: len(ids)] != ids:

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import json
@@ -78,12 +79,13 @@ def load_model(
         elif _looks_like_path(place):
             raise _no_folder(Path(place))
         else:
-            loaded = _from_hub(place, wanted, trust_remote_code)
+            loaded = _pretrained(place, wanted, trust_remote_code)
     loaded.spec = place
     if wanted is not None:
         for _, tensor in _distinct(loaded.model):  # not .to(dtype), which would round the rotary frequencies too
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(wanted)
+    _round_frequencies(loaded.model)
     loaded.model.to(device=device)
     loaded.model.eval()
     return loaded
@@ -200,10 +202,6 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, trust: bool) -> Loaded
     return _pretrained(folder, dtype, trust)
 
 
-def _from_hub(spec: str, dtype: torch.dtype | None, trust: bool) -> Loaded:
-    return _pretrained(spec, dtype, trust)
-
-
 def _pretrained(source: Path | str, dtype: torch.dtype | None, trust: bool) -> Loaded:
     """Read configuration, weights and processor of a folder or a hub id."""
     from safetensors import SafetensorError
@@ -312,6 +310,18 @@ def _as_loaded(spec: str, made: Any) -> Loaded:
 
 
 # ---- reading the parts ----
+
+
+def _round_frequencies(model: nn.Module) -> None:
+    """Keep rotary frequencies in single precision in a double model, as in one that was cast: else a saved model would compute differently."""
+    from transformers import PretrainedConfig
+
+    for module in model.modules():
+        if "inv_freq" in module._non_persistent_buffers_set and isinstance(getattr(module, "config", None), PretrainedConfig):
+            fresh = dict(type(module)(module.config).named_buffers())  # type: ignore[call-arg]
+            for name, buffer in module.named_buffers():
+                if buffer.dtype == torch.float64:
+                    buffer.data = fresh[name].to(buffer.device)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -445,7 +455,9 @@ def _write(model: nn.Module, folder: Path, final: Path, state: dict[str, Tensor]
     elif isinstance(model, PreTrainedModel):
         model.save_pretrained(str(folder), state_dict=state if is_sharded(model) else None)
     else:
-        save_file(_own_memory(state.items() if state and is_sharded(model) else _distinct(model)), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            _own_memory(state.items() if state and is_sharded(model) else _distinct(model)), folder / WEIGHTS, metadata={"format": "pt"}
+        )
         write_text(folder / FACTORY, json.dumps({"factory": getattr(model, "remanence_factory", None)}) + "\n")
 
 
@@ -457,7 +469,9 @@ def _write_base(base: nn.Module, folder: Path) -> None:
     folder.mkdir()
     state = {name: tensor for name, tensor in ((_without_adapter(name), tensor) for name, tensor in _distinct(base)) if name is not None}
     if isinstance(base, PreTrainedModel):
-        base.config.save_pretrained(str(folder))
+        config = copy.deepcopy(base.config)
+        config.architectures, config.dtype = [type(base).__name__], base.dtype
+        config.save_pretrained(str(folder))
         if base.can_generate():
             base.generation_config.save_pretrained(str(folder))
     else:

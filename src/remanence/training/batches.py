@@ -7,6 +7,7 @@ mask: every language model here is causal, so padding cannot reach a supervised 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -180,6 +181,18 @@ class Batches:
             else:
                 batch[name] = column[torch.from_numpy(rows)]
         return batch
+
+    def with_column(self, name: str, values: Tensor) -> Batches:
+        """Return these batches with one more column, values of shape (N, ...) in the order of the rows.
+
+        Raises:
+            ValueError: there is such a column already, or the number of values is not that of the rows.
+        """
+        if name in self.columns or len(values) != self.count:
+            raise ValueError(f"column {name!r} of {len(values)} values does not fit {self.count} rows with {', '.join(self.columns)}")
+        wider = copy.copy(self)
+        wider.columns = self.columns | {name: values}
+        return wider
 
     def __iter__(self) -> Iterator[Batch]:
         for first in range(0, self.count, self.size):

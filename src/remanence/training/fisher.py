@@ -13,10 +13,10 @@ NLL_r = -sum_q w_q logp_q[y_q].
 | label_free | \|d mean_r sum_q w_q \|\|logits_q\|\|^2\| | none | 1 per batch |
 
 `exact` takes a language model's tokens as independent given the observed prefix. It is the expectation of `sampled` over its draws (the
-cross terms vanish since E_k[d logp_q[k]] = 0), so the two share a scale. It costs V backward passes for each supervised token: for small V only.
-`batched` is no Fisher diagonal (the square of a mean, not the mean of squares): it shrinks with the batch size, and is here since released
-code of several papers computes it. Its mean is over rows, as in the others. Fishers that differ in definition, `row` or batch size
-differ by orders of magnitude: report `Fisher.trace` beside every lambda or alpha.
+cross terms vanish since E_k[d logp_q[k]] = 0), so the two share a scale. It costs V backward passes for each supervised token: for small
+V only. `batched` is no Fisher diagonal (the square of a mean, not the mean of squares): it shrinks with the batch size, and is here
+since released code of several papers computes it. Its mean is over rows, as in the others. Fishers that differ in definition, `row` or
+batch size differ by orders of magnitude: report `Fisher.trace` beside every lambda or alpha.
 
 Sources: Martens (arXiv 1412.1193) for exact, sampled and empirical; Foster et al. (arXiv 2308.07707) for batched; Foster et al.
 (arXiv 2402.19308) for label_free.

@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from remanence.data.encode import TEMPLATE, encode_rows
 from remanence.errors import Mistake, nearest
+from remanence.models.forward import evaluating
 from remanence.seeds import derive, generator
 from remanence.training.batches import Batch, Batches, Numbered
 from remanence.training.checkpoint import (
@@ -149,7 +151,7 @@ class Step:
     batches: Sequence[Batch]
 
 
-Callback = Callable[[nn.Module, Step], None]
+Callback = Callable[[nn.Module, Step], bool | None]  # of `after_step`: `True` ends the stage
 
 
 @runtime_checkable
@@ -261,6 +263,26 @@ class Trainer:
             parameter.grad = grad
         return found
 
+    def over_rows(self, model: nn.Module, batches: Batches, function: Loss) -> Tensor:
+        """Return a function's value for every row, float64 (N,) in the order of the rows; processes share the work.
+
+        The model is in evaluation mode, without gradients, in the settings' precision, and is left as it was.
+
+        Args:
+            model: any module.
+            batches: of the rows.
+            function: of (model, batch), gives (B,).
+        """
+        device, size = self.accelerator.device, batches.size
+        world, turn = (1, 0) if is_sharded(model) else (world_size(), rank())  # a sharded model runs in all processes at once
+        model.to(device)
+        found = torch.zeros(batches.count, dtype=torch.float64, device=device)
+        with evaluating(model), self._autocast():
+            for first in range(turn * size, batches.count, world * size):
+                rows = np.arange(first, min(first + size, batches.count))
+                found[first : first + len(rows)] = function(model, batches.take(rows).to(device)).to(found.dtype)
+        return found if world == 1 else sum_over_processes(found)
+
     # The loop.
 
     def fit(
@@ -287,7 +309,7 @@ class Trainer:
             schedule: multiplier of the rate at a step; by default as the settings say.
             parameters: names of those to train; the others get no gradient and no optimizer state. By default all that require a gradient.
             after_backward: called when gradients are averaged, before clipping.
-            after_step: called after the optimizer's step.
+            after_step: called after the optimizer's step; if it returns `True` the stage ends here (all processes must agree).
 
         Raises:
             Mistake: nothing to train, or a loss that is not finite (nothing of the step is saved).
@@ -375,11 +397,12 @@ class Trainer:
                 norm = nn.utils.clip_grad_norm_(trained, settings.clip) if settings.clip is not None else None
                 descent.step()
                 descent.zero_grad(set_to_none=True)
-                if after_step is not None:
-                    after_step(model, step)
+                enough = after_step is not None and after_step(model, step) is True
                 log.add(number, total, base[0] * multiplier, norm)
                 if self._watch is not None:
                     self._watch(model, first + number + 1)
+                if enough:
+                    break
                 if (
                     self._checkpoints
                     and self._checkpoints.every
