@@ -37,6 +37,10 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with _quiet_libraries():
+            if "ACCELERATE_USE_CPU" in os.environ:
+                from remanence.training.processes import start_missing
+
+                start_missing()
             app()
     except Mistake as mistake:
         _fail(str(mistake))
@@ -51,6 +55,11 @@ def main() -> None:
 
 
 def _fail(sentence: str) -> None:
+    if "WORLD_SIZE" in os.environ:
+        from remanence.training.processes import first_to_fail
+
+        if not first_to_fail():
+            sys.exit(2)
     print("remanence: " + " ".join(sentence.split()), file=sys.stderr)
     sys.exit(2)
 
