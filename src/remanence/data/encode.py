@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -131,20 +132,33 @@ def _turns(row: dict[str, Any], tokenizer: Any, length: int) -> dict[str, list]:
 
 
 def _encode_images(rows: Dataset, kind: str, processor: Any) -> Dataset:
+    """Return features as stored tensors; images as a view that decodes and processes the rows of a batch when it is taken."""
     import datasets
 
+    if kind == "images":
+        kept = rows.select_columns(["image", "label"])
+        return kept.with_transform(functools.partial(_pixels, processor=processor))
+
     def convert(batch: dict[str, list]) -> dict[str, Any]:
-        if kind == "images" and processor is not None:
-            pixels = processor([image.convert("RGB") for image in batch["image"]], return_tensors="np")["pixel_values"]
-        elif kind == "images":
-            pixels = np.stack([np.asarray(image, np.float32) / 255 for image in batch["image"]])
-            pixels = pixels if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-        else:
-            pixels = np.asarray(batch["features"], np.float32)
-        return {"pixel_values": pixels.astype(np.float32), "labels": np.asarray(batch["label"], np.int64)}
+        return {"pixel_values": np.asarray(batch["features"], np.float32), "labels": np.asarray(batch["label"], np.int64)}
 
     example = convert(rows[:1])["pixel_values"][0]
     inner = datasets.Value("float32")
     shape: Any = datasets.Sequence(inner) if example.ndim == 1 else getattr(datasets, f"Array{example.ndim}D")(example.shape, "float32")
     features = datasets.Features({"pixel_values": shape, "labels": datasets.Value("int64")})
     return rows.map(convert, batched=True, batch_size=256, remove_columns=rows.column_names, features=features)
+
+
+def _pixels(batch: dict[str, list], processor: Any) -> dict[str, Any]:
+    """Turn decoded images into pixel values: by the model's processor, or scaled to [0, 1] with channels first."""
+    if processor is not None:
+        pixels = processor([image.convert("RGB") for image in batch["image"]], return_tensors="np")["pixel_values"]
+    else:
+        sizes = {(image.size, image.mode) for image in batch["image"]}
+        if len(sizes) > 1:
+            raise Mistake(
+                "data", f"the images differ in size or mode ({sorted(map(str, sizes))[:2]})", "use a model with an image processor"
+            )
+        pixels = np.stack([np.asarray(image, np.float32) / 255 for image in batch["image"]])
+        pixels = pixels if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    return {"pixel_values": np.asarray(pixels, np.float32), "labels": np.asarray(batch["label"], np.int64)}
