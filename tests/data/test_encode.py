@@ -14,11 +14,11 @@ from remanence.data.encode import IGNORED, encode_rows
 from remanence.errors import Mistake
 from remanence.training.batches import Batches
 
-TOKENIZER = toy_tokenizer()
+TOKENIZER = toy_tokenizer(128)
 WORDS = st.text("abc XYZ.?", min_size=1, max_size=12).filter(str.strip)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4))
 def test_exactly_the_answer_and_the_end_are_supervised(pairs: list[tuple[str, str]]) -> None:
     rows = Dataset.from_dict({"question": [q for q, _ in pairs], "answer": [a for _, a in pairs]})
@@ -51,7 +51,7 @@ def test_bad_rows_are_named_by_number(row: dict, problem: str) -> None:
 
 
 def test_only_the_assistants_turns_are_supervised() -> None:
-    tokenizer = toy_tokenizer()
+    tokenizer = toy_tokenizer(128)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }};{% endfor %}"
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "ok"}]
     (row,) = encode_rows(Dataset.from_dict({"messages": [messages]}), "chat", tokenizer)

@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from remanence.errors import Mistake
+from remanence.seeds import derive
 from remanence.stream import check_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
+FORMAT = 1  # raise it when the same rows shall give other inputs: encoded sets in the cache start anew
 TEMPLATE = "Q: {question}\nA: {answer}"
 
 
@@ -62,13 +65,22 @@ def encode_rows(rows: Dataset, kind: str, processor: Any, *, length: int = 256, 
             raise Mistake(
                 "data", f"kind '{kind}' needs a tokenizer and the model has none", "add the tokenizer's files to the model's folder"
             )
+        options: dict[str, Any] = {"tokenizer": processor, "length": length}
+        more: dict[str, Any] = {"remove_columns": rows.column_names}
+        # named by content, not by pickling the tokenizer on every call, which takes longer than encoding a small set
+        more["new_fingerprint"] = f"{derive(rows._fingerprint, kind, length, template, _identity(processor), FORMAT):016x}"
         if kind == "text":
-            return rows.map(_blocks, batched=True, remove_columns=rows.column_names, fn_kwargs={"tokenizer": processor, "length": length})
+            return rows.map(_blocks, batched=True, fn_kwargs=options, **more)
         if kind == "qa":
-            prompt = _prompt(template)
-            options = {"tokenizer": processor, "length": length, "prompt": prompt}
-            return rows.map(_answers, batched=True, with_indices=True, remove_columns=rows.column_names, fn_kwargs=options)
-        return rows.map(_turns, remove_columns=rows.column_names, fn_kwargs={"tokenizer": processor, "length": length})
+            return rows.map(_answers, batched=True, with_indices=True, fn_kwargs=options | {"prompt": _prompt(template)}, **more)
+        return rows.map(_turns, fn_kwargs=options, **more)
+
+
+@functools.lru_cache(maxsize=8)
+def _identity(tokenizer: Any) -> str:
+    """Return what decides about a tokenizer's output."""
+    core = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(repr((core, tokenizer.special_tokens_map, tokenizer.chat_template)).encode()).hexdigest()
 
 
 def _prompt(template: str) -> str:
