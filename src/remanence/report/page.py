@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,9 @@ from remanence.storage import whole_folder, write_text
 
 FORMATS = ("html", "md", "json")
 WIDE, NARROW = 1136, 330  # px of a full row on a desk and on a phone
+FIRST = 0.42  # share of the row that the first of three panels takes
 PART_SHADES = {"forget": "erase", "retain": "c0", "neighbours": "c2", "holdout": "quiet"}
+FLIP = 65  # heat from which a cell's number takes the other ink; with the colours of page.css.jinja every cell has a contrast of at least 4.5 to 1
 SHADES = 6  # colours of the palette; beyond them the dash changes
 
 
@@ -49,8 +52,9 @@ def write_report(ledgers: Sequence[str | Path], output: str | Path, format: Lite
         write_text(output, text.as_json(report))
         return output
     folder = output.with_name(f"{output.stem}-data")
+    page = text.as_markdown(report, folder.name) if format == "md" else as_html(report, folder.name)
     write_csv(ledgers, folder)
-    write_text(output, text.as_markdown(report, folder.name) if format == "md" else as_html(report, folder.name))
+    write_text(output, page)
     return output
 
 
@@ -88,10 +92,12 @@ def as_html(report: dict[str, Any], data: str | None = None) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     # autoescape for every template: names come from users
-    engine = Environment(loader=PackageLoader("remanence.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    engine = Environment(
+        loader=PackageLoader("remanence.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     engine.globals |= {
         "shown": text.shown, "points": text.points, "between": text.between, "duration": text.duration, "steps_word": text.steps_word,
-        "settings_words": text.settings_words, "percent": _percent, "day": _day, "tables": TABLES,
+        "settings_words": text.settings_words, "pretty": _pretty, "percent": _percent, "day": _day, "tables": TABLES, "flip": FLIP,
     }  # fmt: skip
     engine.filters["path"] = quote
     measures = [
@@ -124,6 +130,10 @@ def _percent(value: float | None, measure: dict[str, Any]) -> float:
         return 0.0
     low, high = (0.0, 1.0) if measure["share"] else (min(0.0, measure["low"]), measure["high"])
     return round(100 * min(max((value - low) / ((high - low) or 1), 0.0), 1.0), 2)
+
+
+def _pretty(settings: Any) -> str:
+    return settings if isinstance(settings, str) else json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
 
 
 def _day(seconds: float) -> str:
@@ -189,6 +199,13 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
     roles = {subject["subject"]: subject for subject in report["subjects"]}
     known = [subject["subject"] for subject in report["subjects"] if subject["role"] != "request"]
     times = draw.timelines([life["events"] for life in report["lives"]])
+    letters: dict[str | None, int] = {}  # one margin per column of panels, so that the lives' axes align
+    for life in report["lives"]:
+        for curve in life["curves"]:
+            if (curve["probe"], curve["metric"]) == (measure["probe"], measure["metric"]):
+                role = roles[curve["subject"]]
+                length = len(role["part"] or curve["subject"]) + 1 + len(text.shown(_last(curve), measure["share"]))
+                letters[role["request"]] = max(letters.get(role["request"], 0), length)
     figures = []
     for life, time in zip(report["lives"], times):
         found = [curve for curve in life["curves"] if (curve["probe"], curve["metric"]) == (measure["probe"], measure["metric"])]
@@ -202,33 +219,53 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
         drawn = []
         for title, request, curves in panels:
             lines, places = [], []
-            for curve in curves:
+            for curve in curves if request is None else reversed(curves):  # the forget set is drawn last, on top
                 subject, points = curve["subject"], curve["points"]
                 name = subject if request is None else roles[subject]["part"]
-                last = next((point["mean"] for point in reversed(points) if point["mean"] is not None), None)
                 shade = _shade(known, subject) if request is None else f"{PART_SHADES[name]} {'dashed' if name == 'forget' else ''}"
                 taught = next((event["end"] for event in life["events"] if event["name"] == subject and event["verb"] == "learn"), None)
                 lines.append(
                     draw.Line(
-                        name=name, label=f"{name} {text.shown(last, measure['share'])}", shade=shade.strip(), taught=taught,
+                        name=name, last=text.shown(_last(curve), measure["share"]), shade=shade.strip(), taught=taught,
                         points=[(point["x"], point["mean"], point["half"]) for point in points],
                         ends=[point["step"] == -1 for point in points],
                         values=[text.between(point, measure["share"]) for point in points],
                     )
                 )  # fmt: skip
-                places.append([0.0 if point["event"] == 0 else time.at(point["x"], _position(life["events"], point["event"])) for point in points])
-            words = f"{title}, {life['life']}: {measure['name']} over optimizer steps. " + "; ".join(f"{line.name} ends at {line.label.removeprefix(line.name).strip()}" for line in lines)
-            full = (WIDE - 16 * (columns - 1)) // columns
+                places.append(
+                    [0.0 if point["event"] == 0 else time.at(point["x"], _position(life["events"], point["event"])) for point in points]
+                )
+            words = f"{title}, {life['life']}: {measure['name']} over optimizer steps. " + "; ".join(
+                f"{line.name} ends at {line.last}" for line in lines
+            )
+            part = FIRST if columns == 3 else 1.0 / columns  # the first of three is wider: its names are the longest
+            share = part if not drawn or columns < 3 else (1 - part) / 2
+            full = round((WIDE - 16 * (columns - 1)) * (share if len(panels) <= 4 else 1 / 3))
             drawn.append(
                 {
                     "title": title,
-                    "wide": draw.curves(lines, life["events"], time, measure, width=full, title=words, at=places),
-                    "narrow": draw.curves(lines, life["events"], time, measure, width=NARROW, title=words, at=places),
+                    "wide": draw.curves(lines, life["events"], time, measure, width=full, title=words, at=places, letters=letters[request]),
+                    "narrow": draw.curves(
+                        lines, life["events"], time, measure, width=NARROW, title=words, at=places, letters=letters[request]
+                    ),
                 }
             )
         if drawn:
-            figures.append({"life": life["life"], "oracle": life["oracle"], "events": life["events"], "columns": columns, "panels": drawn, "seeds": len(life["seeds"])})
+            figures.append(
+                {
+                    "life": life["life"],
+                    "oracle": life["oracle"],
+                    "events": life["events"],
+                    "columns": f"{columns}{'' if len(panels) <= 4 else 'e'}",
+                    "panels": drawn,
+                    "seeds": len(life["seeds"]),
+                }
+            )
     return figures
+
+
+def _last(curve: dict[str, Any]) -> float | None:
+    return next((point["mean"] for point in reversed(curve["points"]) if point["mean"] is not None), None)
 
 
 def _position(events: Sequence[dict[str, Any]], number: int) -> int:
@@ -245,12 +282,18 @@ def _matrices(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str,
         for row in life["matrix"]:
             if (row["probe"], row["metric"]) != (measure["probe"], measure["metric"]):
                 continue
+            role = next(subject for subject in report["subjects"] if subject["subject"] == row["subject"])
             cells = []
             for cell in row["cells"]:
                 mean = cell["mean"]
                 good = None if mean is None else (mean - low) / span if measure["better"] == "higher" else (high - mean) / span
-                cells.append(cell | {"heat": None if good is None else round(100 * good), "taught": row["taught"] == cell["event"]})
-            role = next(subject for subject in report["subjects"] if subject["subject"] == row["subject"])
+                cells.append(
+                    cell
+                    | {
+                        "heat": None if good is None else round(100 * good),
+                        "taught": row["taught"] == cell["event"] and role["part"] in (None, "forget"),
+                    }
+                )
             rows.append({"subject": row["subject"], "role": role, "cells": cells})
         if rows:
             found.append({"life": life["life"], "events": life["events"], "rows": rows})
@@ -298,6 +341,17 @@ def _work(life: dict[str, Any]) -> dict[str, Any]:
         known = [point["mean"] for point in points if point["mean"] is not None]
         words = f"training loss of {event['name']}: from {text.shown(known[0], False)} to {text.shown(known[-1], False)}" if known else ""
         rows.append(
-            event | {"first": known[0] if known else None, "last": known[-1] if known else None, "spark": draw.sparkline(points, words) if known else Markup("")}
+            event
+            | {
+                "first": known[0] if known else None,
+                "last": known[-1] if known else None,
+                "spark": draw.sparkline(points, words) if known else Markup(""),
+            }
         )
-    return {"life": life["life"], "oracle": life["oracle"], "runs": life["runs"], "rows": rows, "seconds": sum(run["seconds"] for run in life["runs"])}
+    return {
+        "life": life["life"],
+        "oracle": life["oracle"],
+        "runs": life["runs"],
+        "rows": rows,
+        "seconds": sum(run["seconds"] for run in life["runs"]),
+    }

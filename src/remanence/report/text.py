@@ -30,7 +30,7 @@ def shown(value: float | None, share: bool, *, sign: bool = False) -> str:
         percent = value * 100
         digits = 1 if 0 < abs(percent) < 1 or 99 < percent < 100 else 0
         return f"{round(percent, digits) + 0.0:{plus}.{digits}f} %"
-    return f"{value:{plus}.3g}" if abs(value) < 1000 else f"{value:{plus},.0f}"
+    return f"{value:{plus}#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:{plus},.0f}"
 
 
 def points(value: float | None, share: bool) -> str:
@@ -68,7 +68,11 @@ def verdict(report: dict[str, Any]) -> str:
     if not kept:
         return "No score was recorded that could be summed up."
     if len(lives) == 1:
-        said = [f"kept {shown(kept[0][0], share)} of what it should know" if share else f"ends at a mean of {shown(kept[0][0], share)} on what it should know"]
+        said = [
+            f"kept {shown(kept[0][0], share)} of what it should know"
+            if share
+            else f"ends at a mean of {shown(kept[0][0], share)} on what it should know"
+        ]
         if over:
             said.append(_excess(over[0][0], share))
         elif left:
@@ -76,18 +80,19 @@ def verdict(report: dict[str, Any]) -> str:
         if lost:
             said.append(f"lost {points(lost[0][0], share)} by accident")
         return f"{kept[0][1]} " + _listed(said) + "."
+    said_of: dict[str, list[str]] = {}
     best = min(kept) if lower else max(kept)
-    said = [f"{best[1]} kept most ({shown(best[0], share)})"]
-    if over:
-        near = min(over, key=lambda pair: abs(pair[0]))
-        said.append(f"{near[1]} came closest to never having seen the forgotten rows ({_distance(near[0], share)})")
-    elif left:
-        near = max(left) if lower else min(left)
-        said.append(f"{near[1]} has least left of what it should have lost ({shown(near[0], share)})")
+    said_of.setdefault(best[1], []).append(f"kept most ({shown(best[0], share)})")
     if lost:
         mild = min(lost)
-        said.append(f"{mild[1]} lost least by accident ({points(mild[0], share)})")
-    return _listed(said) + "."
+        said_of.setdefault(mild[1], []).append(f"lost least by accident ({points(mild[0], share)})")
+    if over:
+        near = min(over, key=lambda pair: abs(pair[0]))
+        said_of.setdefault(near[1], []).append(f"came closest to never having seen the forgotten rows ({_distance(near[0], share)})")
+    elif left:
+        near = max(left) if lower else min(left)
+        said_of.setdefault(near[1], []).append(f"has least left of what it should have lost ({shown(near[0], share)})")
+    return "; ".join(f"{name} {_listed(said)}" for name, said in said_of.items()) + "."
 
 
 def _excess(value: float, share: bool) -> str:
@@ -157,7 +162,16 @@ def as_markdown(report: dict[str, Any], data: str | None = None) -> str:
         head = life["headline"]
         oracle = MISSING if head["left"]["oracle"] is None else shown(head["left"]["oracle"], share)
         name = life["life"] + (" (oracle)" if life["oracle"] else "")
-        rows.append((name, between(head["kept"], share), between(head["left"], share), oracle, points(head["lost"]["mean"], share), len(life["seeds"])))
+        rows.append(
+            (
+                name,
+                between(head["kept"], share),
+                between(head["left"], share),
+                oracle,
+                points(head["lost"]["mean"], share),
+                len(life["seeds"]),
+            )
+        )
     lines += _table(("life", RULES[0][0], RULES[1][0], "oracle", RULES[2][0], "seeds"), rows)
     lines += [f"- {_cell(name)}: {_cell(rule)}" for name, rule in RULES]
     names = ", ".join(name_of(report, measure) for measure in report["lives"][0]["headline"]["measures"])
@@ -169,7 +183,9 @@ def as_markdown(report: dict[str, Any], data: str | None = None) -> str:
             if found:
                 lines += [f"### {_cell(life['life'])}", ""]
                 columns = ["start", *(f"{event['event']} {event['verb']} {event['name']}" for event in life["events"])]
-                lines += _table(["set", *columns], ([row["subject"], *(between(cell, measure["share"]) for cell in row["cells"])] for row in found))
+                lines += _table(
+                    ["set", *columns], ([row["subject"], *(between(cell, measure["share"]) for cell in row["cells"])] for row in found)
+                )
         bars = [row for row in report["requests"] if (row["probe"], row["metric"]) == (measure["probe"], measure["metric"])]
         if bars:
             lines += ["### Requests", ""]
