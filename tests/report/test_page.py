@@ -2,6 +2,7 @@
 
 import csv
 import html.parser
+import itertools
 import json
 import os
 import re
@@ -54,14 +55,52 @@ def written(ledger_path, tmp_path_factory):
 
 def hostile(path, *, text_name=HOSTILE):
     with Ledger(path) as ledger:
-        ledger.write("runs", [{"run": text_name, "recipe": f"a: 1\n{text_name}", "life": text_name, "seed": 1, "settings": {text_name: text_name},
-                               "versions": {text_name: text_name}, "parameters": 3, "at": 1e18}])  # fmt: skip
+        ledger.write(
+            "runs",
+            [
+                {
+                    "run": text_name,
+                    "recipe": f"a: 1\n{text_name}",
+                    "life": text_name,
+                    "seed": 1,
+                    "settings": {text_name: text_name},
+                    "versions": {text_name: text_name},
+                    "parameters": 3,
+                    "at": 1e18,
+                }
+            ],
+        )
         for number, verb in ((1, "learn"), (2, "forget"), (3, text_name)):
-            ledger.write("events", [{"run": text_name, "event": number, "name": f"{text_name}{number}", "verb": verb, "kind": text_name, "method": text_name,
-                                     "settings": {text_name: text_name}, "rows": 1, "steps": 2, "weights_before": "", "weights_after": "", "seconds": 1.0, "at": 0.0}])  # fmt: skip
+            ledger.write(
+                "events",
+                [
+                    {
+                        "run": text_name,
+                        "event": number,
+                        "name": f"{text_name}{number}",
+                        "verb": verb,
+                        "kind": text_name,
+                        "method": text_name,
+                        "settings": {text_name: text_name},
+                        "rows": 1,
+                        "steps": 2,
+                        "weights_before": "",
+                        "weights_after": "",
+                        "seconds": 1.0,
+                        "at": 0.0,
+                    }
+                ],
+            )
         subjects = [f"{text_name}1", *(f"{text_name}2/{part}" for part in ("forget", "retain")), text_name]
-        ledger.write("scores", [{"run": text_name, "event": event, "step": END, "probe": probe, "subject": subject, "metric": metric, "value": 0.5}
-                                for event in range(4) for subject in subjects for probe, metric in ((text_name, text_name), ("recall", "exact"))])  # fmt: skip
+        ledger.write(
+            "scores",
+            [
+                {"run": text_name, "event": event, "step": END, "probe": probe, "subject": subject, "metric": metric, "value": 0.5}
+                for event in range(4)
+                for subject in subjects
+                for probe, metric in ((text_name, text_name), ("recall", "exact"))
+            ],
+        )
         ledger.write(
             "steps", [{"run": text_name, "event": 1, "stage": 0, "step": step, "metric": "loss", "value": 1.0 - step} for step in range(2)]
         )
@@ -156,24 +195,40 @@ def clear(path, question):
 @pytest.mark.parametrize(
     "loss",
     [
-        "DELETE FROM scores", "DELETE FROM steps", "DELETE FROM moved", "DELETE FROM events", "DELETE FROM events WHERE event > 1", "UPDATE scores SET value = NULL",
-        "UPDATE steps SET value = NULL", "UPDATE moved SET relative = NULL", "DELETE FROM scores WHERE subject LIKE '%/%'", "DELETE FROM runs WHERE life = 'never-saw-it'",
-        "DELETE FROM scores WHERE metric = 'exact'", "DELETE FROM scores WHERE step <> -1", "DELETE FROM scores WHERE step = -1", "UPDATE scores SET value = 9e999",
-        "UPDATE scores SET value = 50 WHERE metric = 'exact'", "DELETE FROM runs WHERE life <> 'never-saw-it'", "UPDATE events SET steps = 0", "DELETE FROM events WHERE verb = 'forget'",
-        "UPDATE runs SET settings = 'broken', versions = '[]'", "UPDATE scores SET value = -value", "DELETE FROM events WHERE event = 6 AND run LIKE '%-2'",
+        "DELETE FROM scores",
+        "DELETE FROM steps",
+        "DELETE FROM moved",
+        "DELETE FROM events",
+        "DELETE FROM events WHERE event > 1",
+        "UPDATE scores SET value = NULL",
+        "UPDATE steps SET value = NULL",
+        "UPDATE moved SET relative = NULL",
+        "DELETE FROM scores WHERE subject LIKE '%/%'",
+        "DELETE FROM runs WHERE life = 'never-saw-it'",
+        "DELETE FROM scores WHERE metric = 'exact'",
+        "DELETE FROM scores WHERE step <> -1",
+        "DELETE FROM scores WHERE step = -1",
+        "UPDATE scores SET value = 9e999",
+        "UPDATE scores SET value = 50 WHERE metric = 'exact'",
+        "DELETE FROM runs WHERE life <> 'never-saw-it'",
+        "UPDATE events SET steps = 0",
+        "DELETE FROM events WHERE verb = 'forget'",
+        "UPDATE runs SET settings = 'broken', versions = '[]'",
+        "UPDATE scores SET value = -value",
+        "DELETE FROM events WHERE event = 6 AND run LIKE '%-2'",
     ],
-)  # fmt: skip
+)
 def test_page_holds_whatever_is_missing(small_ledger_path, tmp_path, loss):
     path = tmp_path / "l.sqlite"
     shutil.copy(small_ledger_path, path)
     clear(path, loss)
-    for format in page.FORMATS:
-        write_report([path], tmp_path / f"out.{format}", format)
-    source = (tmp_path / "out.html").read_text(encoding="utf-8")
+    report = numbers([path])
+    source = page.as_html(report, "data")
     found = Page(source)
     assert found.open == []
     assert not re.search(r"[\s\">,](nan|inf|None|undefined)[\s<,%\"]", source.replace("none", ""), re.IGNORECASE)
-    assert "NaN" not in (tmp_path / "out.json").read_text(encoding="utf-8")
+    json.loads(text.as_json(report), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert text.as_markdown(report, "data").startswith("# What was remembered")
 
 
 def test_mistakes_are_refused_before_anything_is_written(ledger_path, tmp_path):
@@ -211,7 +266,7 @@ def test_labels_stand_apart_in_order():
     places = draw.spaced([50.0, 51.0, 10.0, 50.5], 14, 0, 60)
     assert places[2] < places[0] < places[3] < places[1]
     ordered = sorted(places)
-    assert all(b - a >= 14 - 1e-9 for a, b in zip(ordered, ordered[1:]))
+    assert all(b - a >= 14 - 1e-9 for a, b in itertools.pairwise(ordered))
     assert 0 <= ordered[0] <= ordered[-1] <= 60
     assert draw.spaced([], 14, 0, 60) == []
 
@@ -226,22 +281,50 @@ def test_short_events_keep_room_and_lives_share_an_axis():
     assert one.at(1000, 1) == one.places[-1]
 
 
-@pytest.mark.parametrize(("value", "share", "words"), [(None, True, "–"), (0.845, True, "84 %"), (0.994, True, "99.4 %"), (1.0, True, "100 %"), (0.004, True, "0.4 %"),
-                                                       (0.0, True, "0 %"), (-0.001, True, "-0.1 %"), (2.999, False, "3.00"), (123.4, False, "123"), (45678.0, False, "45,678")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("value", "share", "words"),
+    [
+        (None, True, "–"),
+        (0.845, True, "84 %"),
+        (0.994, True, "99.4 %"),
+        (1.0, True, "100 %"),
+        (0.004, True, "0.4 %"),
+        (0.0, True, "0 %"),
+        (-0.001, True, "-0.1 %"),
+        (2.999, False, "3.00"),
+        (123.4, False, "123"),
+        (45678.0, False, "45,678"),
+    ],
+)
 def test_numbers_read_as_a_reader_wants(value, share, words):
     assert text.shown(value, share) == words
 
 
 def test_verdict_names_who_was_best(ledger_path):
-    words = text.verdict(numbers([ledger_path]))
-    assert words.startswith("replay kept most (85 %)")
+    report = numbers([ledger_path])
+    words = text.verdict(report)
+    kept = {life["life"]: life["headline"]["kept"]["mean"] for life in report["lives"]}
+    assert kept["replay"] > kept["plain"]
+    assert words.startswith(f"replay kept most ({text.shown(kept['replay'], True)})")
     assert "plain came closest" in words
     assert "never-saw-it" not in words
 
 
 def chromium(tmp_path, *arguments):
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-               "--disable-component-update", "--disable-sync", "--hide-scrollbars", f"--user-data-dir={tmp_path / 'profile'}", *arguments]  # fmt: skip
+    command = [
+        CHROMIUM,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        *arguments,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=90, env=os.environ | {"HOME": str(tmp_path)}).stdout
 
 
@@ -256,7 +339,8 @@ def test_page_fits_its_window(written, tmp_path, width, names):
         source = write_report([hostile(tmp_path / "l.sqlite", text_name=long)], tmp_path / "hostile.html").read_text(encoding="utf-8")
     # a frame has the exact width that a headless window, which has a least width, may not have
     probe = """<script>addEventListener("load", () => { document.querySelectorAll("details").forEach((one) => one.open = true);
-    const wide = [...document.querySelectorAll("body *")].filter((one) => !one.closest(".scroll, pre, svg, #tip") && one.getBoundingClientRect().right > innerWidth + 1);
+    const wide = [...document.querySelectorAll("body *")].filter((one) => !one.closest(".scroll, pre, svg, #tip")
+      && one.getBoundingClientRect().right > innerWidth + 1);
     const cut = [...document.querySelectorAll("svg .name")].filter((one) => one.getBoundingClientRect().width
       && one.getBoundingClientRect().right > one.closest("svg").getBoundingClientRect().right + 1);
     parent.postMessage([innerWidth, document.documentElement.scrollWidth, wide.map((one) => one.outerHTML.slice(0, 80)).join(" "),

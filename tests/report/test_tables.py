@@ -127,7 +127,8 @@ def test_request_bars_hold_before_after_end_and_oracle(report, base):
 def test_moved_weights_are_pooled_over_tensors_and_seeds(report, base):
     for cell in life_of(report, "replay")["moved"]:
         rows = base.execute(
-            "SELECT size, changed, relative FROM moved JOIN runs USING (run) WHERE life = 'replay' AND event = ? AND role = ? AND layer IS ?",
+            "SELECT size, changed, relative FROM moved JOIN runs USING (run) "
+            "WHERE life = 'replay' AND event = ? AND role = ? AND layer IS ?",
             (cell["event"], cell["role"], cell["layer"]),
         ).fetchall()
         assert cell["share"] == pytest.approx(sum(row[1] for row in rows) / sum(row[0] for row in rows))
@@ -137,7 +138,8 @@ def test_moved_weights_are_pooled_over_tensors_and_seeds(report, base):
 def test_losses_are_means_over_seeds(report, base):
     for row in life_of(report, "plain")["losses"]:
         for point in row["points"]:
-            question = "SELECT AVG(value) FROM steps JOIN runs USING (run) WHERE life = 'plain' AND event = ? AND stage = ? AND step = ? AND metric = 'loss'"
+            question = """SELECT AVG(value) FROM steps JOIN runs USING (run)
+                          WHERE life = 'plain' AND event = ? AND stage = ? AND step = ? AND metric = 'loss'"""
             assert point["mean"] == pytest.approx(base.execute(question, (row["event"], point["stage"], point["step"])).fetchone()[0])
 
 

@@ -30,7 +30,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Cumulative steps to a share of the axis. An event takes its share of the steps, but never less than `floor` of the longest life, so that it is seen."""
+    """Cumulative steps to a share of the axis.
+
+    An event takes its share of the steps, but never less than `floor` of the longest life, so that it is seen.
+    """
 
     steps: tuple[float, ...]  # boundaries in cumulative steps
     places: tuple[float, ...]  # boundaries in shares of the axis, 0 to 1
@@ -74,7 +77,10 @@ def tick_text(value: float, share: bool) -> str:
 
 
 def spaced(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move places apart until neighbours stand at least `gap` from each other inside [low, high] (as far as they fit), keeping their order. O(n log n)."""
+    """Move places apart until neighbours stand at least `gap` from each other inside [low, high], as far as they fit; O(n log n).
+
+    Their order stays.
+    """
     order = np.argsort(np.asarray(places, dtype=np.float64), kind="stable")
     gap = min(gap, (high - low) / max(len(places) - 1, 1))
     moved = np.asarray(places, dtype=np.float64)[order]
@@ -176,7 +182,8 @@ def curves(
     edge = left + inner_w
     for (x, y, line), place in zip(ends, spaced([y for _, y, _ in ends], 14, top + 4, height - bottom)):
         out.append(
-            f'<path class="leader {line.shade}" d="M{x:.1f} {y:.1f} L{max(x, edge) + 4:.1f} {y:.1f} L{edge + 14:.1f} {place:.1f} L{edge + 18:.1f} {place:.1f}"/>'
+            f'<path class="leader {line.shade}" d="M{x:.1f} {y:.1f} L{max(x, edge) + 4:.1f} {y:.1f} '
+            f'L{edge + 14:.1f} {place:.1f} L{edge + 18:.1f} {place:.1f}"/>'
         )
         words = f"{cut(line.name, limit - len(line.last) - 1)} {line.last}"
         out.append(f'<text class="name" x="{edge + 21:.1f}" y="{place + 3.8:.1f}">{escape(words)}<title>{escape(line.name)}</title></text>')
@@ -215,7 +222,8 @@ def sparkline(points: Sequence[dict[str, Any]], title: str, width: int = 150, he
     y = height - 4 - (means - low) / ((high - low) or 1) * (height - 8)
     fine = np.isfinite(y)
     out = [
-        f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
+        f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>"
     ]
     for before, (number, point) in pairwise(enumerate(points)):
         if before[1]["stage"] != point["stage"]:

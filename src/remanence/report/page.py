@@ -23,7 +23,8 @@ FORMATS = ("html", "md", "json")
 WIDE, NARROW = 1136, 330  # px of a full row on a desk and on a phone
 FIRST = 0.42  # share of the row that the first of three panels takes
 PART_SHADES = {"forget": "erase", "retain": "c0", "neighbours": "c2", "holdout": "quiet"}
-FLIP = 65  # heat from which a cell's number takes the other ink; with the colours of page.css.jinja every cell has a contrast of at least 4.5 to 1
+# heat from which a cell's number takes the other ink: with the colours of page.css.jinja every cell has a contrast of at least 4.5 to 1
+FLIP = 65
 SHADES = 6  # colours of the palette; beyond them the dash changes
 
 
@@ -38,7 +39,8 @@ def write_report(ledgers: Sequence[str | Path], output: str | Path, format: Lite
         format: html, md or json.
 
     Raises:
-        Mistake: an unknown format, an output that is a folder or one of the ledgers, a ledger that cannot be read, or a disk that cannot be written.
+        Mistake: an unknown format, an output that is a folder or one of the ledgers, a ledger that cannot be read, or a disk that cannot
+            be written.
     """
     output = Path(output)
     if format not in FORMATS:
@@ -96,9 +98,18 @@ def as_html(report: dict[str, Any], data: str | None = None) -> str:
         loader=PackageLoader("remanence.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     engine.globals |= {
-        "shown": text.shown, "points": text.points, "between": text.between, "duration": text.duration, "steps_word": text.steps_word,
-        "settings_words": text.settings_words, "pretty": _pretty, "percent": _percent, "day": _day, "tables": TABLES, "flip": FLIP,
-    }  # fmt: skip
+        "shown": text.shown,
+        "points": text.points,
+        "between": text.between,
+        "duration": text.duration,
+        "steps_word": text.steps_word,
+        "settings_words": text.settings_words,
+        "pretty": _pretty,
+        "percent": _percent,
+        "day": _day,
+        "tables": TABLES,
+        "flip": FLIP,
+    }
     engine.filters["path"] = quote
     measures = [
         {
@@ -125,7 +136,7 @@ def as_html(report: dict[str, Any], data: str | None = None) -> str:
 
 
 def _percent(value: float | None, measure: dict[str, Any]) -> float:
-    """Place a score on its measure's axis, 0 to 100: shares of one as they are, else from 0 (or the least score below it) to the greatest."""
+    """Place a score on its measure's axis, 0 to 100: shares of one as they are, else from the lesser of 0 and the least to the greatest."""
     if value is None:
         return 0.0
     low, high = (0.0, 1.0) if measure["share"] else (min(0.0, measure["low"]), measure["high"])
@@ -169,19 +180,27 @@ def _heads(report: dict[str, Any]) -> list[dict[str, Any]]:
         )
         rows.append(
             {
-                "life": life["life"], "oracle": life["oracle"], "methods": list(methods), "seeds": len(life["seeds"]), "outside": head["outside"],
+                "life": life["life"],
+                "oracle": life["oracle"],
+                "methods": list(methods),
+                "seeds": len(life["seeds"]),
+                "outside": head["outside"],
                 "numbers": [
                     {
-                        "key": key, "rule": rule, "note": note_, "tick": tick, "known": number["mean"] is not None,
+                        "key": key,
+                        "rule": rule,
+                        "note": note_,
+                        "tick": tick,
+                        "known": number["mean"] is not None,
                         "half": None if number["half"] is None else text.shown(number["half"], share).replace(" %", ""),
-                        "shown": text.points(number["mean"], share).replace(" points", "") if key == "lost" else text.shown(number["mean"], share).replace(" %", ""),
+                        "shown": text.shown(number["mean"], share).replace(" %", ""),
                         "unit": ("points" if key == "lost" else "%") if share and number["mean"] is not None else "",
                         "place": _percent(number["mean"], measure),
                     }
                     for (key, number, note_, tick), (rule, _) in zip(numbers_, text.RULES)
                 ],
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -216,7 +235,7 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
             title = "What it learned" if request is None else f"Request {request}"
             panels.append((title, request, curves))
         columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
-        drawn = []
+        drawn: list[dict[str, Any]] = []
         for title, request, curves in panels:
             lines, places = [], []
             for curve in curves if request is None else reversed(curves):  # the forget set is drawn last, on top
@@ -226,12 +245,15 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
                 taught = next((event["end"] for event in life["events"] if event["name"] == subject and event["verb"] == "learn"), None)
                 lines.append(
                     draw.Line(
-                        name=name, last=text.shown(_last(curve), measure["share"]), shade=shade.strip(), taught=taught,
+                        name=name,
+                        last=text.shown(_last(curve), measure["share"]),
+                        shade=shade.strip(),
+                        taught=taught,
                         points=[(point["x"], point["mean"], point["half"]) for point in points],
                         ends=[point["step"] == -1 for point in points],
                         values=[text.between(point, measure["share"]) for point in points],
                     )
-                )  # fmt: skip
+                )
                 places.append(
                     [0.0 if point["event"] == 0 else time.at(point["x"], _position(life["events"], point["event"])) for point in points]
                 )
@@ -321,9 +343,15 @@ def _moved(life: dict[str, Any]) -> dict[str, Any]:
     for number in dict.fromkeys(row["event"] for row in life["moved"]):
         cells = {(row["role"], row["layer"]): row for row in life["moved"] if row["event"] == number}
         table = [
-            (role, [None if (cell := cells.get((role, layer))) is None else cell | {"heat": _heat(cell["relative"], top)} for layer in columns])
+            (
+                role,
+                [
+                    None if (cell := cells.get((role, layer))) is None else cell | {"heat": _heat(cell["relative"], top)}
+                    for layer in columns
+                ],
+            )
             for role in roles
-        ]  # fmt: skip
+        ]
         events.append({"event": names.get(number, {"event": number, "name": "", "verb": ""}), "table": table})
     return {"life": life["life"], "columns": columns, "events": events, "top": top}
 

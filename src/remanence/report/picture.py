@@ -19,7 +19,8 @@ SIDES = 2
 def write_picture(ledger: str | Path | Sequence[str | Path], output: str | Path, *, lives: Sequence[str] | None = None) -> Path:
     """Draw the retention curves of two lives side by side, 1600 x 900 px, and return the path.
 
-    Solid lines are what was learned and what was known at the start, dashed ones what was to be forgotten; bands are 95 % intervals over seeds.
+    Solid lines are what was learned and what was known at the start, dashed ones what was to be forgotten; bands are 95 % intervals
+    over seeds.
 
     Args:
         ledger: a ledger file, or several.
@@ -27,7 +28,8 @@ def write_picture(ledger: str | Path | Sequence[str | Path], output: str | Path,
         lives: which one or two lives, by name; `None` takes the first two that are no oracle.
 
     Raises:
-        Mistake: another file name extension, an unknown life, a ledger that cannot be read or holds no scores, or a disk that cannot be written.
+        Mistake: another file name extension, an unknown life, a ledger that cannot be read or holds no scores, or a disk that cannot
+            be written.
     """
     output = Path(output)
     kind = output.suffix.lower().lstrip(".")
@@ -74,7 +76,8 @@ def _figure(report: dict[str, Any], lives: list[dict[str, Any]]) -> Any:
     figure = Figure(figsize=(16, 9))
     FigureCanvasAgg(figure)
     figure.text(0.035, 0.945, "What was remembered, and what remains", fontsize=25, fontweight="bold", va="center")
-    how = f"{measure['name']}{' (lower is better)' if measure['better'] == 'lower' else ''} over optimizer steps; dashed: what it was asked to forget, in the orange columns"
+    direction = " (lower is better)" if measure["better"] == "lower" else ""
+    how = f"{measure['name']}{direction} over optimizer steps; dashed: what it was asked to forget, in the orange columns"
     figure.text(0.035, 0.9, how, fontsize=14, color=SOFT, va="center")
     width, gap, label = (0.93, 0.0, 0.14) if len(lives) == 1 else (0.455, 0.025, 0.125)
     marks = draw.ticks(measure["low"], measure["high"], share)
@@ -99,7 +102,7 @@ def _figure(report: dict[str, Any], lives: list[dict[str, Any]]) -> Any:
             words = draw.cut(event["name"], max(int((high - low) * 1600 * (width - label - 0.02) / 7.6), 1)) if high - low > 0.13 else ""
             head = f"{event['event']} {'forget' if forget and words else event['verb'] if words else ''}".strip()
             shade = ERASE if forget else SOFT
-            heading = {"transform": axes.get_xaxis_transform(), "ha": "center", "color": shade, "fontsize": 9.5}
+            heading: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "center", "color": shade, "fontsize": 9.5}
             axes.text((low + high) / 2, 1.045, head, **heading)
             axes.text((low + high) / 2, 1.015, _plain(words), **heading)
         _lines(axes, life, time, measure, roles, known)

@@ -11,11 +11,13 @@ RULES = (
     ("Kept", "the mean last score over the tasks that this life learned and the sets that no event taught."),
     (
         "Should be gone, is there",
-        "the mean last score on the forget sets of the requests served; beside it the oracle's: a life that never saw those rows. What exceeds the oracle stayed behind.",
+        "the mean last score on the forget sets of the requests served; beside it the oracle's: a life that never saw those rows. "
+        "What exceeds the oracle stayed behind.",
     ),
     (
         "Lost by accident",
-        "the mean fall from the best score after any event to the last one, over the same sets as Kept and the retain and neighbour sets of the requests served. "
+        "the mean fall from the best score after any event to the last one, over the same sets as Kept and the retain and neighbour sets "
+        "of the requests served. "
         "A task that shares rows with a forget set counts their loss here too.",
     ),
 )
@@ -203,11 +205,21 @@ def as_markdown(report: dict[str, Any], data: str | None = None) -> str:
         lines += _table(
             ("event", "verb", "name", "kind", "method", "settings", "rows", "steps", "last loss", "time"),
             (
-                (event["event"], event["verb"], event["name"], event["kind"], event["method"], settings_words(event["settings"]),
-                 MISSING if event["rows"] is None else event["rows"], event["steps"], shown(ends.get(event["event"]), False), duration(event["seconds"]))
+                (
+                    event["event"],
+                    event["verb"],
+                    event["name"],
+                    event["kind"],
+                    event["method"],
+                    settings_words(event["settings"]),
+                    MISSING if event["rows"] is None else event["rows"],
+                    event["steps"],
+                    shown(ends.get(event["event"]), False),
+                    duration(event["seconds"]),
+                )
                 for event in life["events"]
             ),
-        )  # fmt: skip
+        )
     lines += ["## Runs", ""]
     lines += _table(
         ("life", "run", "seed", "parameters", "events", "versions", "recipe"),
