@@ -123,11 +123,7 @@ def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)
                                 "value": value,
                             }
                         )
-<<<<<<< HEAD
-                    for step in range(12 if count > 12 else 4, count, 12 if count > 12 else 4):
-=======
                     for step in range(min(every, count // 3), count, min(every, count // 3)):
->>>>>>> report
                         probe(number, step, step / count)
                     probe(number, END, 1.0)
                     for layer in (None, 0, 1, 2, 3):
@@ -135,10 +131,6 @@ def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)
                             size = {"attention": 65536, "ffn": 131072, "norm": 256, "embedding": 524288, "head": 524288}[role]
                             change = abs(noise.standard_normal()) * 0.02 * (1 + (layer or 0))
                             half = verb == "forget" and life == "replay" and layer is not None and layer < 2
-<<<<<<< HEAD
-                            moved.append({"run": run, "event": number, "weight": f"{role}.{layer}", "role": role, "layer": layer, "size": size,
-                                          "changed": 0 if half else size, "relative": 0.0 if half else change})  # fmt: skip
-=======
                             moved.append(
                                 {
                                     "run": run,
@@ -151,7 +143,6 @@ def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)
                                     "relative": 0.0 if half else change,
                                 }
                             )
->>>>>>> report
                     items.append(
                         {
                             "run": run,

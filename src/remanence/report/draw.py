@@ -106,10 +106,7 @@ def curves(
     width: int,
     title: str,
     at: Sequence[Sequence[float]],
-<<<<<<< HEAD
-=======
     letters: int,
->>>>>>> report
 ) -> Markup:
     """Draw retention curves with a band per event; names and last values stand at the lines' ends.
 
@@ -185,19 +182,11 @@ def curves(
     edge = left + inner_w
     for (x, y, line), place in zip(ends, spaced([y for _, y, _ in ends], 14, top + 4, height - bottom)):
         out.append(
-<<<<<<< HEAD
-            f'<path class="leader {line.shade}" d="M{x:.1f} {y:.1f} L{max(x, edge) + 4:.1f} {y:.1f} L{edge + 14:.1f} {place:.1f} L{edge + 18:.1f} {place:.1f}"/>'
-        )
-        out.append(
-            f'<text class="name" x="{edge + 21:.1f}" y="{place + 3.8:.1f}">{escape(cut(line.label, limit))}<title>{escape(line.name)}</title></text>'
-        )
-=======
             f'<path class="leader {line.shade}" d="M{x:.1f} {y:.1f} L{max(x, edge) + 4:.1f} {y:.1f} '
             f'L{edge + 14:.1f} {place:.1f} L{edge + 18:.1f} {place:.1f}"/>'
         )
         words = f"{cut(line.name, limit - len(line.last) - 1)} {line.last}"
         out.append(f'<text class="name" x="{edge + 21:.1f}" y="{place + 3.8:.1f}">{escape(words)}<title>{escape(line.name)}</title></text>')
->>>>>>> report
     out.append("</svg>")
     return Markup("".join(out))
 
@@ -233,12 +222,8 @@ def sparkline(points: Sequence[dict[str, Any]], title: str, width: int = 150, he
     y = height - 4 - (means - low) / ((high - low) or 1) * (height - 8)
     fine = np.isfinite(y)
     out = [
-<<<<<<< HEAD
-        f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
-=======
         f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}">'
         f"<title>{escape(title)}</title>"
->>>>>>> report
     ]
     for before, (number, point) in pairwise(enumerate(points)):
         if before[1]["stage"] != point["stage"]:

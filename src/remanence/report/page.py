@@ -253,26 +253,16 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
                         ends=[point["step"] == -1 for point in points],
                         values=[text.between(point, measure["share"]) for point in points],
                     )
-<<<<<<< HEAD
-                )  # fmt: skip
-=======
                 )
->>>>>>> report
                 places.append(
                     [0.0 if point["event"] == 0 else time.at(point["x"], _position(life["events"], point["event"])) for point in points]
                 )
             words = f"{title}, {life['life']}: {measure['name']} over optimizer steps. " + "; ".join(
-<<<<<<< HEAD
-                f"{line.name} ends at {line.label.removeprefix(line.name).strip()}" for line in lines
-            )
-            full = (WIDE - 16 * (columns - 1)) // columns
-=======
                 f"{line.name} ends at {line.last}" for line in lines
             )
             part = FIRST if columns == 3 else 1.0 / columns  # the first of three is wider: its names are the longest
             share = part if not drawn or columns < 3 else (1 - part) / 2
             full = round((WIDE - 16 * (columns - 1)) * (share if len(panels) <= 4 else 1 / 3))
->>>>>>> report
             drawn.append(
                 {
                     "title": title,
@@ -288,11 +278,7 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
                     "life": life["life"],
                     "oracle": life["oracle"],
                     "events": life["events"],
-<<<<<<< HEAD
-                    "columns": columns,
-=======
                     "columns": f"{columns}{'' if len(panels) <= 4 else 'e'}",
->>>>>>> report
                     "panels": drawn,
                     "seeds": len(life["seeds"]),
                 }
