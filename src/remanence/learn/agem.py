@@ -16,7 +16,6 @@ Cost: two backward passes per step; one more gradient in memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,8 @@ from remanence.seeds import derive
 from remanence.stream import Request, Task
 from remanence.training.batches import Batch, Draws, Zip
 from remanence.training.losses import nll
-from remanence.training.memory import MEMORIES, BalancedMemory, ReservoirMemory, groups
+from remanence.training.memory import MEMORIES, BalancedMemory, ReservoirMemory, groups, make_memory
+from remanence.training.projection import agem_project_named
 from remanence.training.trainer import Step, Trainer
 
 
@@ -55,12 +55,12 @@ class AGEM:
             raise Mistake("agem.batch_size", f"is {self.batch_size}", "give 1 or more, or nothing for the size of the new batch")
         if self.capacity < 0:
             raise Mistake("agem.capacity", f"is {self.capacity}", "give 0 (off) or more rows")
-        self.kept = MEMORIES[self.memory](self.capacity, 0)
+        self.kept = make_memory(self.memory, self.capacity, 0)
 
     def learn(self, model: nn.Module, task: Task, trainer: Trainer) -> nn.Module:
         """Fit the new rows with projected gradients, then put them into the memory."""
         if self.kept.seen == 0:
-            self.kept = MEMORIES[self.memory](self.capacity, derive(trainer.seed, "kept"))
+            self.kept = make_memory(self.memory, self.capacity, derive(trainer.seed, "kept"))
         new = trainer.batches(task.train, task.kind)
         old = Draws(self.kept, self.batch_size or new.size, seed=derive(trainer.seed, "memory"))
         projected = 0
@@ -106,20 +106,10 @@ def reference_gradient(model: nn.Module, step: Step, trainer: Trainer) -> dict[s
 
 
 def project_gradients(model: nn.Module, reference: dict[str, Tensor]) -> bool:
-    """Replace the gradients of the model by their projection; return whether they conflicted with the reference."""
+    """Replace the gradients of the model by their projection (equation 11); return whether they conflicted with the reference."""
     named = dict(model.named_parameters())
-    trained = [named[name] for name in reference]
-    gradient = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
-    found = project(gradient, list(reference.values()))
-    for parameter, grad in zip(trained, found):
-        parameter.grad = grad
-    return found is not gradient
-
-
-def project(gradient: Sequence[Tensor], reference: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return g - (g . r / r . r) r if g . r < 0, else `gradient` itself (equation 11); the lists are pieces of one vector."""
-    inner = torch.stack([(g.double() * r.double()).sum() for g, r in zip(gradient, reference)]).sum()
-    if inner >= 0:
-        return gradient
-    square = torch.stack([r.double().square().sum() for r in reference]).sum()
-    return [g - ((inner / square) * r).to(g.dtype) for g, r in zip(gradient, reference)]
+    gradient = {name: torch.zeros_like(grad) if (own := named[name].grad) is None else own for name, grad in reference.items()}
+    found = agem_project_named(gradient, reference)
+    for name, grad in found.items():
+        named[name].grad = grad
+    return any(found[name] is not gradient[name] for name in found)

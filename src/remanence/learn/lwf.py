@@ -22,7 +22,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +29,7 @@ from remanence.errors import Mistake
 from remanence.models.forward import logits_of
 from remanence.stream import Task
 from remanence.training.batches import IGNORED, Batch
+from remanence.training.divergence import kl
 from remanence.training.trainer import Trainer
 
 
@@ -81,15 +81,11 @@ def lwf_loss(model: nn.Module, teacher: nn.Module, batch: Batch, alpha: float, t
     with torch.no_grad():
         old = logits_of(teacher, batch)
     if labels.dim() == 1:
-        kl = distillation(old[:, classes or slice(None)], student[:, classes or slice(None)], tau).sum() / batch.rows
-        return F.cross_entropy(student, labels, reduction="sum") / batch.rows + alpha * kl
-    wanted = labels[:, 1:] != IGNORED  # (B, T-1): where the next token is a label
-    kl = distillation(old[:, :-1][wanted], student[:, :-1][wanted], tau).sum() / batch.tokens
-    task = F.cross_entropy(student[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum") / batch.tokens
-    return task + alpha * kl
-
-
-def distillation(teacher: Float[Tensor, "N K"], student: Float[Tensor, "N K"], tau: float) -> Float[Tensor, "N"]:
-    """Return tau^2 KL(softmax(teacher / tau) || softmax(student / tau)) for each position."""
-    old, new = (teacher / tau).log_softmax(-1), (student / tau).log_softmax(-1)
-    return tau**2 * (old.exp() * (old - new)).sum(-1)
+        chosen, count, wide, targets = torch.ones_like(labels, dtype=torch.bool), batch.rows, student, labels
+        old, new = (logits if classes is None else logits[:, classes] for logits in (old, student))
+    else:
+        chosen, count, wide, targets = labels[:, 1:] != IGNORED, batch.tokens, student[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        old, new = old[:, :-1][chosen], student[:, :-1][chosen]  # (N, V): where the next token is a label
+        chosen = chosen[chosen]
+    distilled = kl(old, new, tau, chosen) * len(chosen) / count  # tau^2 is in it
+    return F.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum") / count + alpha * distilled

@@ -27,7 +27,7 @@ from remanence.seeds import derive
 from remanence.stream import Request, Task
 from remanence.training.batches import Batch, Draws, Zip
 from remanence.training.losses import nll
-from remanence.training.memory import MEMORIES, BalancedMemory, ReservoirMemory, groups
+from remanence.training.memory import MEMORIES, BalancedMemory, ReservoirMemory, groups, make_memory
 from remanence.training.trainer import Step, Trainer
 
 
@@ -54,12 +54,12 @@ class Replay:
             raise Mistake("replay.batch_size", f"is {self.batch_size}", "give 1 or more, or nothing for the size of the new batch")
         if self.capacity < 0:
             raise Mistake("replay.capacity", f"is {self.capacity}", "give 0 (off) or more rows")
-        self.kept = MEMORIES[self.memory](self.capacity, 0)
+        self.kept = make_memory(self.memory, self.capacity, 0)
 
     def learn(self, model: nn.Module, task: Task, trainer: Trainer) -> nn.Module:
         """Fit new and old rows together; show each new row to the memory behind the step that first trains on it."""
         if self.kept.seen == 0:
-            self.kept = MEMORIES[self.memory](self.capacity, derive(trainer.seed, "kept"))
+            self.kept = make_memory(self.memory, self.capacity, derive(trainer.seed, "kept"))
         new, number = trainer.batches(task.train, task.kind), self.tasks
         old = Draws(self.kept, self.batch_size or new.size, seed=derive(trainer.seed, "memory"))
 

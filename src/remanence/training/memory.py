@@ -16,7 +16,7 @@ Logits over a vocabulary are the largest column by far: keep their top k, or onl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +24,15 @@ from torch import Tensor
 
 from remanence.errors import Mistake
 from remanence.seeds import generator
+from remanence.training.batches import IGNORED, Batch
 
+if TYPE_CHECKING:
+    import numpy as np
+
+    from remanence.stream import Request
+    from remanence.training.trainer import Trainer
+
+WINDOW = 8  # consecutive tokens that a kept block of text may share with a text that must go
 FILL = {"labels": -100, "logits_at": -1}  # what stands after a row's end; 0 for all other columns
 
 
@@ -89,6 +97,51 @@ class _Memory:
         ends = {length: _longest(length, picked[length]) for length in set(self._ragged.values())}
         return {name: value[:, : ends[self._ragged[name]]] if name in self._ragged else value for name, value in picked.items()}
 
+    def take(self, rows: np.ndarray) -> Batch:
+        """Return the batch of the given slots (for `training.batches.Draws`)."""
+        return Batch(self.rows(torch.from_numpy(rows)))
+
+    def erase(self, request: Request, trainer: Trainer) -> int:
+        """Remove what a request asks to forget, and return the number of rows that went.
+
+        Rows are encoded as the trainer encodes them. Of kind text, where kept rows are blocks cut from joined texts, every block goes that shares
+        `WINDOW` consecutive tokens with a forgotten text (or the whole of a shorter one).
+        """
+        if len(self) == 0:
+            return 0
+        if request.kind == "text":
+            texts = trainer.processor(list(request.forget["text"]), add_special_tokens=False, verbose=False)["input_ids"]
+            return self._drop(shares_window(self.rows()["input_ids"], texts, WINDOW))
+        return sum(self.remove(batch) for batch in trainer.batches(request.forget, request.kind, size=256, shuffle=False))
+
+    def remove(self, batch: Mapping[str, Tensor]) -> int:
+        """Remove every kept row whose inputs and labels equal those of a row of the batch; return their number."""
+        if len(self) == 0:
+            return 0
+        kept, gone = self.rows(), with_mask(batch)
+        names = [name for name in ("input_ids", "pixel_values", "labels") if name in kept]
+        if any(name not in gone for name in names):
+            return 0
+        return self._drop(rows_equal({name: kept[name] for name in (*names, *self._masks())}, gone))
+
+    def _masks(self) -> tuple[str, ...]:
+        return ("attention_mask",) if "attention_mask" in self._columns else ()
+
+    def _drop(self, gone: Bool[Tensor, "M"]) -> int:
+        """Empty slots, wipe what stood in them, and close the gaps."""
+        stay, removed = torch.nonzero(~gone.cpu())[:, 0], int(gone.sum())
+        if not removed:
+            return 0
+        for name, column in self._columns.items():
+            column[: len(stay)] = column[: self._count][stay.to(self.device)]
+            column[len(stay) :] = FILL.get(name, 0)
+        for key in self._keys().values():
+            key[: len(stay)] = key[: self._count][stay]
+        self._count = len(stay)
+        if self.seen <= self.capacity:
+            self.seen -= removed
+        return removed
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything as a tree of tensors and numbers, for `storage.save_tree`."""
         return {
@@ -129,13 +182,15 @@ class _Memory:
 
     def _prepare(self, batch: Mapping[str, Tensor], extra: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
         """Return the columns to store, and the number of rows."""
-        columns = {name: value.detach() for name, value in {**batch, **extra}.items() if isinstance(value, Tensor)}
+        columns = {name: value.detach() for name, value in {**batch, **extra}.items() if isinstance(value, Tensor) and value.ndim}
         sizes = {name: len(value) for name, value in columns.items()}
         if len(set(sizes.values())) != 1:
             raise Mistake(
                 "replay memory", f"the columns differ in length or there are none: {sizes}", "give one row per example in every column"
             )
-        mask = columns.get("attention_mask")
+        mask = columns.get("attention_mask", with_mask(columns).get("attention_mask"))
+        if mask is not None:
+            columns["attention_mask"] = mask
         ragged = (
             {}
             if mask is None
@@ -201,10 +256,11 @@ class ReservoirMemory(_Memory):
         draws = torch.rand(size, dtype=torch.float64, generator=self._generator)
         numbers = torch.arange(self.seen, self.seen + size)
         self.seen += size
-        slots, rows = reservoir_slots(numbers, draws, self.capacity)
+        filled = self._count if self._count < min(self.capacity, int(numbers[0]) if size else 0) else None  # else rows were removed
+        slots, rows = reservoir_slots(numbers, draws, self.capacity, filled)
         if len(slots):
             self._write(columns, slots.to(self.device), rows)
-            self._count = min(self.capacity, self.seen)
+            self._count = max(self._count, int(slots.max()) + 1)
 
 
 class BalancedMemory(_Memory):
@@ -247,7 +303,7 @@ class BalancedMemory(_Memory):
         if len(rows):
             self._write(columns, slots.to(self.device), rows)
             self._group[slots], self._priority[slots] = group[count + rows], priority[count + rows]
-            self._count = min(self.capacity, self.seen)
+            self._count = int(kept.sum())
 
     def _keys(self) -> dict[str, Tensor]:
         return {"group": self._group, "priority": self._priority}
@@ -256,17 +312,25 @@ class BalancedMemory(_Memory):
         self._group, self._priority = keys["group"], keys["priority"]
 
 
-def reservoir_slots(numbers: Int[Tensor, "B"], draws: Float[Tensor, "B"], capacity: int) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
+def reservoir_slots(
+    numbers: Int[Tensor, "B"], draws: Float[Tensor, "B"], capacity: int, filled: int | None = None
+) -> tuple[Int[Tensor, "N"], Int[Tensor, "N"]]:
     """Return which slots are written, each once, and by which row of the batch: the last one that chose it (Vitter 1985, algorithm R).
 
     Args:
         numbers: how many rows were seen before each row.
         draws: uniform in [0, 1).
         capacity: number of slots.
+        filled: slots in use, where rows were removed from a full reservoir: rows enter at the same odds as ever, and the first that do
+            take the free slots instead of others' (random pairing, Gemulla et al. 2006).
     """
     slots = torch.where(numbers < capacity, numbers, (draws * (numbers + 1)).long())
     rows = torch.nonzero(slots < capacity)[:, 0]
-    slots, order = slots[rows].sort(stable=True)
+    slots = slots[rows]
+    if filled is not None:
+        free = torch.arange(filled, capacity)[: len(slots)]
+        slots[: len(free)] = free
+    slots, order = slots.sort(stable=True)
     last = torch.ones_like(slots, dtype=torch.bool)
     last[:-1] = slots[1:] != slots[:-1]
     return slots[last], rows[order[last]]
@@ -355,3 +419,67 @@ def _longest(name: str, column: Tensor) -> int:
     """Return the length of the longest row by the column that marks what is real in each row."""
     used = (column >= 0 if name == "logits_at" else column != 0).any(dim=0)
     return int(torch.nonzero(used)[-1, 0]) + 1 if used.any() else 1
+
+
+def make_memory(kind: str, capacity: int, seed: int) -> ReservoirMemory | BalancedMemory:
+    """Return an empty memory of a kind of `MEMORIES`; a balanced one shares its room among the values of a column `group`."""
+    return BalancedMemory(capacity, seed, by="group") if kind == "balanced" else ReservoirMemory(capacity, seed)
+
+
+MEMORIES = ("reservoir", "balanced")
+
+
+def groups(batch: Mapping[str, Tensor], task: int) -> Int[Tensor, "B"]:
+    """Return what a balanced memory groups rows by: their class, or for token rows the number of their task."""
+    labels = batch["labels"]
+    return labels if labels.ndim == 1 else torch.full((len(labels),), task, dtype=torch.int64)
+
+
+def with_mask(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the batch with an `attention_mask` if it holds token rows without one: 1 up to a row's last label, behind which nothing is learned."""
+    labels = batch.get("labels")
+    if "attention_mask" in batch or labels is None or labels.ndim != 2:
+        return dict(batch)
+    place = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    last = torch.where(labels != IGNORED, place, 0).amax(dim=1, keepdim=True)
+    return {**batch, "attention_mask": (place <= last).long()}
+
+
+def rows_equal(kept: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Bool[Tensor, "M"]:
+    """Mark the rows of `kept` that stand in `other` with equal inputs and labels; what is masked does not count. O((M + B) log (M + B)) rows."""
+    both = []
+    for name in (name for name in kept if name != "attention_mask"):
+        mine, theirs = (rows[name].cpu() for rows in (kept, other))
+        if mine.is_floating_point():
+            mine, theirs = (value.to(mine.dtype).contiguous().view(torch.uint8).long() for value in (mine, theirs))
+        elif mine.ndim == 2 and "attention_mask" in kept:
+            mine, theirs = (
+                torch.where(rows["attention_mask"].cpu() != 0, value, IGNORED) for rows, value in ((kept, mine), (other, theirs))
+            )
+            width = max(mine.shape[1], theirs.shape[1])
+            mine, theirs = (torch.nn.functional.pad(value, (0, width - value.shape[1]), value=IGNORED) for value in (mine, theirs))
+        mine, theirs = mine.reshape(len(mine), -1), theirs.reshape(len(theirs), -1)
+        if mine.shape[1] != theirs.shape[1]:
+            return torch.zeros(len(mine), dtype=torch.bool)
+        both.append(torch.cat([mine, theirs]))
+    _, number = torch.unique(torch.cat(both, dim=1), dim=0, return_inverse=True)
+    count = len(next(iter(kept.values())))
+    return torch.isin(number[:count], number[count:])
+
+
+def shares_window(rows: Int[Tensor, "M T"], texts: list[list[int]], size: int) -> Bool[Tensor, "M"]:
+    """Mark the rows that hold `size` consecutive tokens of a text, or the whole of a text that is shorter."""
+    found = torch.zeros(len(rows), dtype=torch.bool)
+    for width in sorted({min(size, len(text)) for text in texts if text}):
+        several = [torch.tensor(text) for text in texts if min(size, len(text)) == width]
+        wanted = torch.cat([window_hashes(text[None], width)[0] for text in several])
+        if rows.shape[1] >= width:
+            found |= torch.isin(window_hashes(rows.cpu(), width), wanted).any(dim=1)
+    return found
+
+
+def window_hashes(rows: Int[Tensor, "M T"], width: int) -> Int[Tensor, "M W"]:
+    """Return a 64-bit hash of every window of `width` tokens (a wrapping dot product with odd random numbers)."""
+    keys = torch.randint(-(2**62), 2**62, (width,), generator=generator("window")) * 2 + 1
+    parts = [rows[:, start : rows.shape[1] - width + start + 1] * key for start, key in enumerate(keys)]
+    return torch.stack(parts).sum(dim=0)

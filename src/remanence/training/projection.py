@@ -1,4 +1,4 @@
-"""Gradients that must not hurt the old: projection onto a reference gradient's half-space (A-GEM, Chaudhry et al. 2019, arXiv 1812.00420)."""
+"""Gradients that must not hurt the old: projection onto a reference gradient's half-space (A-GEM, Chaudhry et al., arXiv 1812.00420)."""
 
 from __future__ import annotations
 

@@ -230,6 +230,17 @@ class Trainer:
         pass_over = math.ceil(len(batches) / (self.settings.accumulate * world_size()))  # as many as one process with all of the batch takes
         return max(1, math.ceil(self.settings.epochs * pass_over))
 
+    def first_seen(self, batches: Batches, step: Step) -> np.ndarray:
+        """Return the numbers of the rows that a step is the first of its stage to train on, over all micro-batches and processes, in their order.
+
+        For memories that take each row once: what they are shown does not depend on accumulation or processes.
+        """
+        share = self.settings.accumulate * world_size()
+        first, last = step.number * share * batches.size, min((step.number + 1) * share * batches.size, batches.count)
+        if first >= last:
+            return np.zeros(0, np.int64)
+        return np.concatenate([batches.numbers(step.number * share + part) for part in range(share)])[: last - first]
+
     def generator(self, *words: object) -> torch.Generator:
         """Return a generator of this event, named by words."""
         return generator(self.seed, *words)
