@@ -41,6 +41,7 @@ from remanence.training.processes import (
     by_main,
     gathered,
     is_sharded,
+    keep_sharded,
     rank,
     shared_accelerator,
     sum_over_processes,
@@ -270,7 +271,12 @@ class Trainer:
             self._only = before
 
     def gradient(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
-        """Return the mean gradient of a loss on one batch for every parameter in training, averaged over processes; `.grad` stays as it is."""
+        """Return the mean gradient of a loss over all processes' batches for every parameter in training; `.grad` stays as it is."""
+        sharded, world = is_sharded(model), world_size()
+        if sharded:
+            keep_sharded(model)
+        if world > 1:
+            share_denominators([batch], world)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         kept = [parameter.grad for _, parameter in trained]
         for _, parameter in trained:
@@ -278,7 +284,7 @@ class Trainer:
         with self._autocast():
             value = loss(model, batch.to(self.accelerator.device))
         value.backward()
-        if world_size() > 1 and not is_sharded(model):
+        if world > 1 and not sharded:
             average_gradients(parameter for _, parameter in trained)
         found = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for name, parameter in trained}
         for (_, parameter), grad in zip(trained, kept):
@@ -343,7 +349,10 @@ class Trainer:
         if self._checkpoints and point and (ended := self._checkpoints.end_of(stage)):
             self._restore(model, None, self._checkpoints.load(ended))
             return model
-        model.to(self.accelerator.device)
+        if is_sharded(model):
+            keep_sharded(model)
+        else:
+            model.to(self.accelerator.device)
         chosen = self._chosen(model, parameters)
         modes = [(module, module.training) for module in model.modules()]
         flags = [parameter.requires_grad for parameter in model.parameters()]  # by place: sharding makes new parameters
@@ -359,6 +368,7 @@ class Trainer:
             if str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model):
                 model, wrapped = self.accelerator.prepare(model, descent)
                 descent = wrapped.optimizer
+                keep_sharded(model)
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             start = 0
             if self._checkpoints and point and point.stage == stage:
