@@ -185,7 +185,7 @@ class Trainer:
         history: the tasks before this event, without rows that were forgotten since (for methods that may look back: joint training, retraining).
         checkpoints: where to keep points of this event; `None` keeps none.
         record: takes (table, rows) for the ledger.
-        watch: called as `watch(model, step)` after every optimizer step, `step` counted over the event's stages.
+        watch: called as `watch(model, step)` after every optimizer step, `step` counted over the event's stages; `True` ends the stage.
         progress: draw a bar for whatever takes more than a second or two.
         accelerator: of Accelerate; by default this process's one.
     """
@@ -201,7 +201,7 @@ class Trainer:
         history: Sequence[Task] = (),
         checkpoints: Checkpoints | None = None,
         record: Recorder | None = None,
-        watch: Callable[[nn.Module, int], None] | None = None,
+        watch: Callable[[nn.Module, int], bool | None] | None = None,
         progress: bool = True,
         accelerator: Accelerator | None = None,
     ):
@@ -344,10 +344,12 @@ class Trainer:
         """
         settings, stage = self.settings, self._stage
         steps = steps if steps is not None else self.steps_for(batches)  # type: ignore[arg-type]
-        first, self._stage, self.steps_done = self.steps_done, stage + 1, self.steps_done + steps
+        first, self._stage = self.steps_done, stage + 1
         point = self._checkpoints.latest() if self._checkpoints else None
         if self._checkpoints and point and (ended := self._checkpoints.end_of(stage)):
-            self._restore(model, None, self._checkpoints.load(ended))
+            state = self._checkpoints.load(ended)
+            self._restore(model, None, state)
+            self.steps_done = state["steps_done"]
             return model
         if is_sharded(model):
             keep_sharded(model)
@@ -375,7 +377,7 @@ class Trainer:
                 self._restore(model, descent, self._checkpoints.load(point))
                 start = point.step or 0
             rate = schedule or make_schedule(settings, steps)
-            self._loop(model, batches, loss, descent, rate, trained, range(start, steps), first, stage, after_backward, after_step)
+            done = self._loop(model, batches, loss, descent, rate, trained, range(start, steps), first, stage, after_backward, after_step)
             descent.zero_grad(set_to_none=True)
         finally:
             noise.restore()
@@ -385,6 +387,7 @@ class Trainer:
                 parameter.requires_grad_(flag)
             if settings.gradient_checkpointing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
+        self.steps_done = first + done
         self._save(model, None, stage, None)
         return model
 
@@ -401,7 +404,8 @@ class Trainer:
         stage: int,
         after_backward: Callback | None,
         after_step: Callback | None,
-    ) -> None:
+    ) -> int:
+        """Do the steps and return the number of the last one, counted from 1."""
         settings, world, device = self.settings, world_size(), self.accelerator.device
         parts, replicated = settings.accumulate, world > 1 and not is_sharded(model)
         base = [group["lr"] for group in descent.param_groups]
@@ -433,9 +437,9 @@ class Trainer:
                 enough = after_step is not None and after_step(model, step) is True
                 log.add(number, total, base[0] * multiplier, norm)
                 if self._watch is not None:
-                    self._watch(model, first + number + 1)
+                    enough = self._watch(model, first + number + 1) is True or enough
                 if enough:
-                    break
+                    return number + 1
                 if (
                     self._checkpoints
                     and self._checkpoints.every
@@ -444,6 +448,7 @@ class Trainer:
                 ):
                     log.flush()
                     self._save(model, descent, stage, number + 1)
+        return numbers.stop
 
     def _chosen(self, model: nn.Module, parameters: Iterable[str] | None) -> frozenset[str]:
         """Return the names of the parameters to train."""
@@ -471,7 +476,7 @@ class Trainer:
         """Write a checkpoint (every process gathers, the main one writes)."""
         if self._checkpoints is None:
             return
-        state: dict[str, Any] = {"model": model_state(model)}
+        state: dict[str, Any] = {"model": model_state(model), "steps_done": self.steps_done}
         if descent is not None:
             state["optimizer"] = optimizer_state(model, descent)
         if isinstance(self.owner, Stateful):
