@@ -324,7 +324,7 @@ def _value(
 def _draw_labels(
     model: nn.Module, inputs: dict[str, Tensor], at: Int[Tensor, "B Q"], chunk: int, generator: torch.Generator
 ) -> Int[Tensor, "B Q"]:
-    """Draw one label per position from the model's own predictions, by inverting their cumulative sum: the same labels whatever the chunk."""
+    """Draw one label per position from the model's own predictions, by inverting their cumulative sum: the same for any chunk."""
     heights = torch.rand(at.shape, dtype=torch.float64, generator=generator, device=generator.device).to(at.device)
     drawn = []
     for start in range(0, len(at), chunk):
