@@ -34,16 +34,16 @@ name: torture
 model: desk:mlp-digits
 forget: {method: gradient-difference}
 training: {steps: 5, batch_size: 8, lr: 0.003, checkpoint_every: 2, log_every: 3}
-measure: {every: 3, limit: 10}
+measure: {every: 3, limit: 10, probes: {classes: [accuracy]}}
 events:
-  - {learn: one, kind: classes, data: {digits: {classes: [0, 1]}, limit: 60}, test: {digits: {classes: [0, 1], part: test}, limit: 20}}
-  - {learn: two, kind: classes, data: {digits: {classes: [2, 3]}, limit: 60}, method: {method: ewc, rows: 20, lam: 10}}
-  - {learn: three, kind: classes, data: {digits: {classes: [4, 5]}, limit: 60}, method: {method: hft}}
+  - {learn: one, kind: classes, data: {digits: {classes: [0, 1]}, limit: 40}, test: {digits: {classes: [0, 1], part: test}, limit: 20}}
+  - {learn: two, kind: classes, data: {digits: {classes: [2, 3]}, limit: 40}, method: {method: ewc, rows: 20, lam: 10}}
+  - {learn: three, kind: classes, data: {digits: {classes: [4, 5]}, limit: 40}, method: {method: hft}}
   - forget: some
     kind: classes
     data: {digits: {classes: [0, 1]}, limit: 10}
     retain: {digits: {classes: [0, 1]}, skip: 10, limit: 30}
-  - {learn: four, kind: classes, data: {digits: {classes: [6, 7]}, limit: 60}}
+  - {learn: four, kind: classes, data: {digits: {classes: [6, 7]}, limit: 40}}
 lives:
   careful: {learn: {method: replay, capacity: 30}}
   oracle: {learn: {method: replay, capacity: 30, memory: balanced}, oracle: true}
