@@ -55,12 +55,15 @@ def main() -> None:
 
 
 def _fail(sentence: str) -> None:
-    if "WORLD_SIZE" in os.environ:
-        from remanence.training.processes import first_to_fail
+    def say() -> None:
+        print("remanence: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
 
-        if not first_to_fail():
-            sys.exit(2)
-    print("remanence: " + " ".join(sentence.split()), file=sys.stderr)
+    if "WORLD_SIZE" in os.environ:
+        from remanence.training.processes import say_once
+
+        say_once(say)
+    else:
+        say()
     sys.exit(2)
 
 
@@ -376,19 +379,27 @@ def _serve(model: str, event: dict[str, Any], out: Path, changes: list[str], see
 
     from remanence.recipe import Recipe, _override
     from remanence.runs import run_recipe
+    from remanence.training.processes import by_main
 
-    if out.exists() and any(out.iterdir()):
-        raise Mistake(out, "is there already and not empty", "name another --out")
+    def begin() -> None:
+        if out.exists() and any(out.iterdir()):
+            raise Mistake(out, "is there already and not empty", "name another --out")
+
+    by_main(begin)
     tree: dict[str, Any] = {"name": out.name or "model", "model": model, "events": [event], "seed": seed}
     for change in changes:
         if change.startswith(("training.", "measure.")):
             _override(tree, change)
     recipe = Recipe.of(tree, place="options", folder=Path("."))
     place = run_recipe(recipe, output=out / "remanence", progress=not quiet)
-    for path in (place / "life" / "model").iterdir():
-        os.replace(path, out / path.name)
-    shutil.rmtree(place / "life")
-    print(out)
+
+    def finish() -> None:
+        for path in (place / "life" / "model").iterdir():
+            os.replace(path, out / path.name)
+        shutil.rmtree(place / "life")
+        print(out)
+
+    by_main(finish)
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -23,7 +23,7 @@ from remanence.seeds import derive
 from remanence.storage import load_tree, save_tree, whole_folder
 from remanence.stream import Event, Forgetter, Learner, Moment, Probe, Remembering, Request, Scores, Stream, Task, keys_of
 from remanence.training.checkpoint import Checkpoints, model_state
-from remanence.training.processes import barrier, from_main, rank
+from remanence.training.processes import barrier, by_main, from_main, gathered, rank
 from remanence.training.trainer import Settings, Stateful, Trainer
 
 if TYPE_CHECKING:
@@ -157,11 +157,15 @@ class Life:
             "seconds": seconds,
             "at": at,
         }
-        if self.ledger is not None:
-            with self.ledger.transaction():
-                self._write("moved", self._moved(number, before))
-                self._write("events", [row])
-        barrier()
+        moved = self._moved(number, before)  # every process: the weights may be sharded
+
+        def write() -> None:
+            if self.ledger is not None:
+                with self.ledger.transaction():
+                    self._write("moved", moved)
+                    self._write("events", [row])
+
+        by_main(write)
         self._tidy(number)
         if self.progress and rank() == 0:
             self._tell(number, deed, trainer.steps_done, seconds, scores)
@@ -305,14 +309,16 @@ class Life:
             return
         from remanence.models.load import save_model
 
-        state = model_state(self.model)
-        if rank() == 0:
+        place, state, methods = self.folder, model_state(self.model), gathered([method.state_dict() for method in self._stateful])
+
+        def save() -> None:
             with whole_folder(self._state_folder(number)) as temporary:
                 save_model(self.model, self.processor, temporary / "model", state_dict=state)
-                save_tree(temporary / "methods.safetensors", [method.state_dict() for method in self._stateful])
+                save_tree(temporary / "methods.safetensors", methods)
             if self.keep_models:
-                shutil.copytree(self._state_folder(number) / "model", self.folder / "models" / f"event-{number:04d}", dirs_exist_ok=True)
-        barrier()
+                shutil.copytree(self._state_folder(number) / "model", place / "models" / f"event-{number:04d}", dirs_exist_ok=True)
+
+        by_main(save)
 
     def _load_state(self, number: int) -> None:
         from remanence.models.load import load_model
@@ -341,9 +347,7 @@ class Life:
         from remanence.models.load import save_model
 
         state = model_state(self.model)
-        if rank() == 0:
-            save_model(self.model, self.processor, folder, state_dict=state)
-        barrier()
+        by_main(lambda: save_model(self.model, self.processor, folder, state_dict=state))
 
 
 def without_forgotten(deeds: Sequence[Deed]) -> list[Deed]:

@@ -35,7 +35,17 @@ from remanence.training.checkpoint import (
     optimizer_state,
 )
 from remanence.training.losses import nll
-from remanence.training.processes import average_gradients, barrier, is_sharded, rank, shared_accelerator, sum_over_processes, world_size
+from remanence.training.processes import (
+    average_gradients,
+    barrier,
+    by_main,
+    gathered,
+    is_sharded,
+    rank,
+    shared_accelerator,
+    sum_over_processes,
+    world_size,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -217,7 +227,8 @@ class Trainer:
         """Return the optimizer steps that the settings ask for on these batches."""
         if self.settings.steps is not None:
             return self.settings.steps
-        return max(1, math.ceil(self.settings.epochs * len(batches) / (self.settings.accumulate * world_size())))
+        pass_over = math.ceil(len(batches) / (self.settings.accumulate * world_size()))  # as many as one process with all of the batch takes
+        return max(1, math.ceil(self.settings.epochs * pass_over))
 
     def first_seen(self, batches: Batches, step: Step) -> np.ndarray:
         """Return the numbers of the rows that a step is the first of its stage to train on, over all micro-batches and processes, in their order.
@@ -335,7 +346,7 @@ class Trainer:
         model.to(self.accelerator.device)
         chosen = self._chosen(model, parameters)
         modes = [(module, module.training) for module in model.modules()]
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        flags = [parameter.requires_grad for parameter in model.parameters()]  # by place: sharding makes new parameters
         noise = _NoiseKept(self.accelerator.device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -346,7 +357,8 @@ class Trainer:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             descent = optimizer(trained) if optimizer else make_optimizer(settings, trained)
             if str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model):
-                model, descent = self.accelerator.prepare(model, descent)
+                model, wrapped = self.accelerator.prepare(model, descent)
+                descent = wrapped.optimizer
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             start = 0
             if self._checkpoints and point and point.stage == stage:
@@ -359,7 +371,7 @@ class Trainer:
             noise.restore()
             for module, training in modes:
                 module.training = training
-            for parameter, flag in flags:
+            for parameter, flag in zip(model.parameters(), flags, strict=True):
                 parameter.requires_grad_(flag)
             if settings.gradient_checkpointing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
@@ -453,10 +465,9 @@ class Trainer:
         if descent is not None:
             state["optimizer"] = optimizer_state(model, descent)
         if isinstance(self.owner, Stateful):
-            state["owner"] = self.owner.state_dict()
-        if self.is_main:
-            self._checkpoints.save(stage, step, state)
-        barrier()
+            state["owner"] = gathered(self.owner.state_dict())
+        kept = self._checkpoints
+        by_main(lambda: kept.save(stage, step, state))
 
     def _restore(self, model: nn.Module, descent: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
         load_model_state(model, state["model"])
@@ -475,7 +486,7 @@ def share_denominators(micro: list[Batch], pieces: int) -> None:
     counts = torch.tensor(
         [[sum(part.own_rows() for part in parts), sum(part.own_tokens() for part in parts)] for parts in columns], dtype=torch.float64
     )
-    sum_over_processes(counts)
+    counts = sum_over_processes(counts)
     for parts, (rows, tokens) in zip(columns, (counts / pieces).tolist()):
         for part in parts:
             part._rows, part._tokens = rows, tokens or 1.0
