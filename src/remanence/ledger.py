@@ -86,10 +86,12 @@ class Ledger:
             raise Mistake(path, f"is not a usable ledger ({error})", "name another output or a ledger.sqlite that a run wrote") from error
 
     def _prepare(self, create: bool) -> None:
-        version = self._base.execute("PRAGMA user_version").fetchone()[0]
+        version = self._version()
         if version == 0 and create:
             with self.transaction():
-                if self._base.execute("PRAGMA user_version").fetchone()[0] == 0:  # another process may have been first
+                if self._base.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] and not self._version():
+                    raise Mistake(self.path, "is another program's database", "name another output")
+                if self._version() == 0:  # another process may have been first
                     for statement in SCHEMA.split(";"):
                         self._base.execute(statement)
                     self._base.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
@@ -97,6 +99,9 @@ class Ledger:
             raise Mistake(
                 self.path, f"has schema version {version}, this program reads {SCHEMA_VERSION}", "open it with the version that wrote it"
             )
+
+    def _version(self) -> int:
+        return self._base.execute("PRAGMA user_version").fetchone()[0]
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -139,8 +144,15 @@ class Ledger:
             self._base.executemany(statement, ([_plain(row[name]) for name in names] for row in rows))
 
     def read(self, question: str, *values: Any) -> list[dict[str, Any]]:
-        """Return the rows of an SQL question as dicts."""
-        return [dict(row) for row in self._base.execute(question, values)]
+        """Return the rows of an SQL question as dicts.
+
+        Raises:
+            Mistake: the file is damaged, or held by another program.
+        """
+        try:
+            return [dict(row) for row in self._base.execute(question, values)]
+        except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+            raise Mistake(self.path, f"cannot be read ({error})", "restore it, or name another ledger") from error
 
     def rows(self, table: str, run: str | None = None, *, clocks: bool = True) -> list[dict[str, Any]]:
         """Return a table's rows in key order, of one run or of all; `clocks=False` leaves out the wall-clock columns."""

@@ -58,14 +58,15 @@ def _refuse(path: Path, error: Exception) -> None:
         raise Mistake(path, f"cannot be written ({reason})", "free the disk or name another output") from error
 
 
-def sweep(folder: str | Path) -> None:
-    """Remove what writers that were killed left below a folder that no one else writes to; put back a folder that was being replaced."""
-    for old in list(Path(folder).rglob(".*.old")):
+def sweep(folder: str | Path, *, below: bool = False) -> None:
+    """Remove what killed writers left in a folder that no one else writes to (or anywhere below it); put back a folder that was being replaced."""
+    find = Path(folder).rglob if below else Path(folder).glob
+    for old in list(find(".*.old")):
         place = old.with_name(old.name[1:].rsplit(".", 2)[0])
         if (old / "old").exists() and not place.exists():  # killed between the two renames
             os.replace(old / "old", place)
         shutil.rmtree(old, ignore_errors=True)
-    for part in list(Path(folder).rglob(".*.part")):
+    for part in list(find(".*.part")):
         if part.is_dir():
             shutil.rmtree(part, ignore_errors=True)
         else:
