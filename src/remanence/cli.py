@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer may bring its own click
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, value in YAML; may be repeated.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the new model; must not exist yet.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random stream.")]
@@ -41,9 +42,19 @@ def main() -> None:
                 from remanence.training.processes import start_missing
 
                 start_missing()
-            app()
+            code = app(standalone_mode=False)
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except Mistake as mistake:
         _fail(str(mistake))
+    except _Usage as error:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        command = context.command_path if context is not None else "remanence"
+        _fail(f"{command.replace('python -m ', '')}: {error.format_message().rstrip('.')}; see {command} --help")
     except KeyboardInterrupt:
         print("remanence: interrupted; go on with --resume", file=sys.stderr)
         sys.exit(130)
