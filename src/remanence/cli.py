@@ -37,6 +37,10 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with _quiet_libraries():
+            if "ACCELERATE_USE_CPU" in os.environ:
+                from remanence.training.processes import start_missing
+
+                start_missing()
             app()
     except Mistake as mistake:
         _fail(str(mistake))
@@ -51,6 +55,11 @@ def main() -> None:
 
 
 def _fail(sentence: str) -> None:
+    if "WORLD_SIZE" in os.environ:
+        from remanence.training.processes import first_to_fail
+
+        if not first_to_fail():
+            sys.exit(2)
     print("remanence: " + " ".join(sentence.split()), file=sys.stderr)
     sys.exit(2)
 
@@ -97,6 +106,7 @@ def run(
     changes: Changes = [],  # noqa: B006
     check: Annotated[bool, typer.Option("--check", help="Read recipe, data and model, say what would be done, write nothing.")] = False,
     quiet: Quiet = False,
+    folder: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Walk a model through a recipe's events; measure, record, report.
 
@@ -108,6 +118,8 @@ def run(
     from remanence.runs import run_recipe
 
     read = Recipe.load(recipe, changes)
+    if folder is not None:  # of a recipe that was copied: where its relative paths begin
+        read = read.model_copy(update={"folder": folder})
     if check:
         for name in life or read.life_names:
             lived = read.life(name, seed=seed, progress=False)
@@ -197,9 +209,7 @@ def measure(
 @app.command()
 def report(
     ledger: Annotated[list[Path], typer.Argument(help="Ledgers that runs wrote.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="File; by default report.html (or .md, .json) beside the first ledger.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File; by default report.html (or .md, .json) beside the first ledger.")] = None,
     format: Annotated[str, typer.Option("--format", help="html, md or json.")] = "html",
 ) -> None:
     """Make the report from ledgers alone.
@@ -233,7 +243,92 @@ def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     )
 
 
+@app.command()
+def reproduce(
+    slug: Annotated[str | None, typer.Argument(help="Slug of the paper; `remanence systems` lists them.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every claim.")] = False,
+    save: Annotated[bool, typer.Option("--save", help="Write docs/claims/SLUG.json.")] = False,
+    seeds: Annotated[int | None, typer.Option(min=3, help="Number of seeds, from 0; by default the claim's.")] = None,
+    arm: Annotated[list[str], typer.Option(help="Only this arm (no verdict); may be repeated.")] = [],  # noqa: B006
+    folder: Annotated[Path, typer.Option(help="Where single results are kept; a claim that was stopped goes on.")] = Path("runs/claims"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Run again what is there already.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time; by default one per core.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+    seed: Annotated[int | None, typer.Option(hidden=True)] = None,
+    into: Annotated[Path | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Run the desk experiment of a paper: arms x seeds, table with 95 % intervals, verdict, the paper's own figures beside it.
+
+    Example: `remanence reproduce hft --save`
+    """
+    from remanence.claims.claim import known_claims, run_one, save_record
+    from remanence.claims.claim import reproduce as run_claim
+    from remanence.systems import CLAIMS
+
+    if (slug is None) != everything:
+        raise Mistake("reproduce", "name one SLUG or say --all", f"known are {', '.join(known_claims())}")
+    if into is not None:  # one arm with one seed, in a process of its own
+        run_one(str(slug), arm[0], seed or 0, into)
+        return
+    for name in known_claims() if everything else [str(slug)]:
+        record = run_claim(name, folder=folder, seeds=tuple(range(seeds)) if seeds else (), arms=arm, workers=workers, fresh=fresh)
+        if as_json:
+            print(json.dumps(record, indent=1))
+        else:
+            _show_claim(record)
+        if save:
+            if arm:
+                raise Mistake("--save", "only a whole claim is recorded", "leave out --arm")
+            print(save_record(record, CLAIMS))
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(help="YAML file.")],
+    methods: Annotated[str, typer.Option(help="Methods, comma-separated; learners take the recipe's tasks, forgetters its requests.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds, from the recipe's on.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Folder of the results; by default runs/NAME-compare.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on; finished arms are left alone.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes at a time; by default one per core.")] = None,
+    changes: Changes = [],  # noqa: B006
+) -> None:
+    """Run a recipe with several methods and seeds, each in a process of its own; table and curves with 95 % intervals.
+
+    Example: `remanence compare recipes/quick/digits.yaml --methods sequential,replay,joint --seeds 3`
+    """
+    from remanence.compare import compare_methods
+
+    chosen = [name.strip() for name in methods.split(",") if name.strip()]
+    place, table = compare_methods(recipe, chosen, seeds=seeds, output=output, resume=resume, workers=workers, changes=changes)
+    for title, columns, rows in table:
+        _table(title, columns, rows)
+    print(place / "report.html")
+
+
 # What the commands share.
+
+
+def _show_claim(record: dict[str, Any]) -> None:
+    """Print a claim's table, verdict and the paper's own figures."""
+
+    def cell(value: dict[str, float | None] | None) -> str:
+        if value is None or value["mean"] is None:
+            return ""
+        return f"{value['mean']:.3f}" + (f" ± {value['half']:.3f}" if value["half"] is not None else "")
+
+    metrics = record["show"]
+    _table(
+        record["title"],
+        ("arm", *metrics),
+        [(arm, *(cell(values.get(metric)) for metric in metrics)) for arm, values in record["table"].items()],
+    )
+    print(
+        f"Claim: {record['claim']}\nVerdict: {record['verdict']} (seeds {', '.join(map(str, record['seeds']))}; mean ± half of the 95 % interval)"
+    )
+    for reason in record["reasons"]:
+        print(f"  - {reason}")
+    for figure in record["paper"]:
+        print(f"The paper: {figure}")
 
 
 def _source(path: str) -> Any:
@@ -259,9 +354,9 @@ def _rows(path: str, kind: str) -> Any:
 
 def _kind(path: str) -> str:
     """See the kind from the columns or the file's ending."""
-    from remanence.data.readers import guess_kind
+    from remanence.data.sources import guess_kind
 
-    return guess_kind(_source(path))
+    return guess_kind(_source(path), place=path)
 
 
 def _clause(method: str, changes: list[str]) -> dict[str, Any]:

@@ -248,7 +248,7 @@ class Life:
         subjects = [name for name in scores if name == deed.event.name or name.startswith(f"{deed.event.name}/")]
         verb = "learns" if isinstance(deed.event, Task) else "forgets"
         line = f"{self.name} [{number}/{len(self.deeds)}] {verb} {deed.event.name} by {deed.label}, {steps} steps, {seconds:.1f} s"
-        Console(stderr=True, highlight=False).print("; ".join([line, *map(short, subjects)]), markup=False)
+        Console(stderr=True, highlight=False).print("; ".join([line, *map(short, subjects)]), markup=False, soft_wrap=True)
 
     # Beginning, saving, resuming.
 

@@ -70,18 +70,46 @@ def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)
                         if step != END and subject.endswith("/holdout"):
                             continue
                         exact = min(max(truth(life, subject, lived, part if event else 1.0) + 0.02 * noise.standard_normal(), 0), 1)
-                        for metric, value in {"exact": exact, "probability": exact**1.5, "rank": 1 + 40 * (1 - exact), "paraphrased/exact": exact * 0.8}.items():
+                        for metric, value in {
+                            "exact": exact,
+                            "probability": exact**1.5,
+                            "rank": 1 + 40 * (1 - exact),
+                            "paraphrased/exact": exact * 0.8,
+                        }.items():
                             if step == END or metric != "rank":
-                                scores.append({"run": run, "event": event, "step": step, "probe": "recall", "subject": subject, "metric": metric, "value": value})
-                    loss = 4.2 - (1.6 * part if lived == 2 else 0 if lived < 2 else 1.6 - 0.1 * (lived - 2)) + 0.01 * noise.standard_normal()
+                                scores.append(
+                                    {
+                                        "run": run,
+                                        "event": event,
+                                        "step": step,
+                                        "probe": "recall",
+                                        "subject": subject,
+                                        "metric": metric,
+                                        "value": value,
+                                    }
+                                )
+                    loss = (
+                        4.2 - (1.6 * part if lived == 2 else 0 if lived < 2 else 1.6 - 0.1 * (lived - 2)) + 0.01 * noise.standard_normal()
+                    )
                     row = {"run": run, "event": event, "step": step, "probe": "loss", "subject": "shakespeare"}
                     scores.extend([row | {"metric": "loss", "value": loss}, row | {"metric": "perplexity", "value": math.exp(loss)}])
 
                 probe(0, END, 1.0)
                 for number, (name, verb, kind, rows, count) in enumerate(events, 1):
                     for step in range(count):
-                        value = (1.9 - 0.4 * math.exp(-step / 8) if verb == "forget" else 0.3 + 3 * math.exp(-step / (count / 4))) + 0.08 * noise.standard_normal()
-                        steps.append({"run": run, "event": number, "stage": int(step >= count // 2 and number == 2), "step": step, "metric": "loss", "value": value})
+                        value = (
+                            1.9 - 0.4 * math.exp(-step / 8) if verb == "forget" else 0.3 + 3 * math.exp(-step / (count / 4))
+                        ) + 0.08 * noise.standard_normal()
+                        steps.append(
+                            {
+                                "run": run,
+                                "event": number,
+                                "stage": int(step >= count // 2 and number == 2),
+                                "step": step,
+                                "metric": "loss",
+                                "value": value,
+                            }
+                        )
                     for step in range(12 if count > 12 else 4, count, 12 if count > 12 else 4):
                         probe(number, step, step / count)
                     probe(number, END, 1.0)
@@ -92,7 +120,17 @@ def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)
                             half = verb == "forget" and life == "replay" and layer is not None and layer < 2
                             moved.append({"run": run, "event": number, "weight": f"{role}.{layer}", "role": role, "layer": layer, "size": size,
                                           "changed": 0 if half else size, "relative": 0.0 if half else change})  # fmt: skip
-                    items.append({"run": run, "event": number, "step": END, "probe": "recall", "subject": "start-people", "item": "0", "scores": {"exact": 1.0}})
+                    items.append(
+                        {
+                            "run": run,
+                            "event": number,
+                            "step": END,
+                            "probe": "recall",
+                            "subject": "start-people",
+                            "item": "0",
+                            "scores": {"exact": 1.0},
+                        }
+                    )
                     method = METHODS[life][verb == "forget"]
                     extra = {"rate": 0.001, "epochs": 3} | ({"beta": 0.1} if verb == "forget" else {})
                     ledger.write("events", [{"run": run, "event": number, "name": name, "verb": verb, "kind": kind, "method": method, "settings": extra, "rows": rows,

@@ -15,6 +15,7 @@ from remanence.errors import Mistake
 from remanence.seeds import generator
 from remanence.training.fisher import DEFINITIONS, diagonal_fisher, load_fisher, save_fisher
 
+pytestmark = pytest.mark.filterwarnings("error:this model cannot be vectorised")
 K, V = 4, 7
 
 
@@ -191,17 +192,26 @@ def test_each_definition_equals_the_loop_over_rows(case, definition, row, chunk)
 def test_exact_is_the_expectation_of_sampled_over_all_label_sequences(row):
     model = seeded(gpt2)
     batch = token_batches(sizes=(1,), length=4)[0]
-    batch["labels"][0, 1:] = batch["input_ids"][0, 1:]
+    batch["labels"][0] = torch.tensor([-100, -100, 0, 0])
     batch["attention_mask"][:] = 1
     expected = None
     logp, labels, _ = predictions(model.eval(), batch)
     for sequence in itertools.product(range(V), repeat=len(labels)):
         labelled = {**batch, "labels": batch["labels"].clone()}
-        labelled["labels"][0, 1:] = torch.tensor(sequence)
+        labelled["labels"][0, 2:] = torch.tensor(sequence)
         odds = sum(logp[q, k] for q, k in enumerate(sequence)).exp().item()
         one = diagonal_fisher(model, [labelled], definition="empirical", row=row, chunk=1)
         expected = {name: odds * value + (0 if expected is None else expected[name]) for name, value in one.items()}
     agree(diagonal_fisher(model, [batch], definition="exact", row=row, chunk=1), expected)
+
+
+def rung(odds, height):
+    """The class on whose step of the cumulative distribution a height falls."""
+    below, label = 0.0, 0
+    while below + odds[label].item() <= height.item():
+        below += odds[label].item()
+        label += 1
+    return label
 
 
 @pytest.mark.parametrize("case", ["mlp", "gpt2"])
@@ -213,19 +223,26 @@ def test_sampled_is_empirical_on_the_labels_that_the_generator_draws(case):
         labelled = {**batch, "labels": batch["labels"].clone()}
         out = model(**{name: value for name, value in batch.items() if name != "labels"})
         if case == "mlp":
-            labelled["labels"] = torch.multinomial(out.softmax(-1), 1, generator=draw)[:, 0]
-        else:  # rows are filled up to the longest: the draws of the filling are thrown away
-            many = (batch["labels"] != -100).sum(1)
+            heights = torch.rand(len(out), 1, dtype=torch.float64, generator=draw)
+            labelled["labels"] = torch.tensor([rung(odds, height) for odds, (height,) in zip(out.softmax(-1), heights)])
+        else:
             places = [[t for t in range(5) if row[t + 1] != -100] for row in batch["labels"]]
-            padded = torch.tensor([(place + [t for t in range(5) if t not in place])[: max(many)] for place in places])
-            odds = out.logits.softmax(-1).gather(1, padded[..., None].expand(-1, -1, V))
-            labels = torch.multinomial(odds.flatten(0, 1), 1, generator=draw).view(padded.shape)
+            heights = torch.rand(len(places), max(map(len, places)), dtype=torch.float64, generator=draw)
             for number, place in enumerate(places):
                 for q, t in enumerate(place):
-                    labelled["labels"][number, t + 1] = labels[number, q]
+                    labelled["labels"][number, t + 1] = rung(out.logits[number, t].softmax(-1), heights[number, q])
         drawn.append(labelled)
     found = diagonal_fisher(model, data, definition="sampled", generator=generator("draw"))
     agree(found, diagonal_fisher(model, drawn, definition="empirical"))
+
+
+@pytest.mark.parametrize("case", ["conv", "llama"])
+def test_sampled_does_not_depend_on_the_chunk(case):
+    make, batches = CASES[case]
+    one, other = (
+        diagonal_fisher(seeded(make), batches(), definition="sampled", generator=generator("draw"), chunk=chunk) for chunk in (1, 2)
+    )
+    agree(one, other, tolerance(case, None))
 
 
 def test_average_of_sampled_tends_to_exact():
@@ -429,6 +446,29 @@ def test_no_rows_no_labels_and_no_finite_gradient_are_refused():
         diagonal_fisher(model, [{"pixel_values": torch.full((2, 5), float("nan")).double(), "labels": torch.zeros(2, dtype=torch.int64)}])
     with pytest.raises(Mistake, match="no parameter"):
         diagonal_fisher(model.requires_grad_(False), class_batches((5,)))
+
+
+def test_adapters_on_a_frozen_model():
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(seeded(llama), LoraConfig(r=2, target_modules=["q_proj"])).double()
+    draw = generator("lora")
+    for name, leaf in model.named_parameters():
+        if "lora_B" in name:
+            leaf.data.normal_(generator=draw)
+    found = diagonal_fisher(model, token_batches())
+    assert sorted(name.split(".")[-3] for name in found) == ["lora_A", "lora_B"]
+    assert len(found.frozen) == sum(not leaf.requires_grad for leaf in model.parameters())
+    agree(found, diagonal_fisher(model, token_batches(), chunk=1), FP32_INSIDE)
+    assert model.base_model.model.config._attn_implementation == "sdpa"
+
+
+def test_image_transformers_with_weights_outside_of_layers():
+    from transformers import ViTConfig, ViTForImageClassification
+
+    shape = {"image_size": 6, "patch_size": 3, "num_channels": 1, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = seeded(lambda: ViTForImageClassification(ViTConfig(intermediate_size=12, num_labels=K, **shape)))
+    agree(diagonal_fisher(model, class_batches((1, 6, 6))), diagonal_fisher(model, class_batches((1, 6, 6)), chunk=1), FP32_INSIDE)
 
 
 def test_a_trained_llama_agrees_with_its_plain_backward_passes():

@@ -19,7 +19,10 @@ from remanence.training.losses import nll
 from remanence.training.trainer import Settings, Step, Trainer, make_schedule
 
 ROWS = Dataset.from_dict(
-    {"question": [f"who is {letter * length}" for length, letter in enumerate("abcdefghijkl", 1)], "answer": [f"{n * 7}" for n in range(12)]}
+    {
+        "question": [f"who is {letter * length}" for length, letter in enumerate("abcdefghijkl", 1)],
+        "answer": [f"{n * 7}" for n in range(12)],
+    }
 )
 
 
@@ -31,7 +34,10 @@ def net(seed: int = 0, dropout: float = 0.0) -> nn.Module:
 
 def points(count: int = 20) -> dict[str, torch.Tensor]:
     made = torch.Generator().manual_seed(1)
-    return {"pixel_values": torch.randn(count, 6, generator=made, dtype=torch.float64), "labels": torch.randint(3, (count,), generator=made)}
+    return {
+        "pixel_values": torch.randn(count, 6, generator=made, dtype=torch.float64),
+        "labels": torch.randint(3, (count,), generator=made),
+    }
 
 
 def same(first: nn.Module, second: nn.Module) -> bool:
@@ -57,7 +63,9 @@ def test_accumulation_over_uneven_rows_does_not_move_the_trajectory(parts: int) 
     tokenizer, ends = toy_tokenizer(), []
     for accumulate in (1, parts):
         model = toy_lm("llama", vocab=len(tokenizer), dtype=torch.float64)
-        trainer = Trainer(Settings(steps=4, batch_size=8 // accumulate, accumulate=accumulate, lr=0.1, optimizer="sgd"), processor=tokenizer, seed=5)
+        trainer = Trainer(
+            Settings(steps=4, batch_size=8 // accumulate, accumulate=accumulate, lr=0.1, optimizer="sgd"), processor=tokenizer, seed=5
+        )
         ends.append(trainer.fit(model, trainer.batches(ROWS, "qa")))
     for first, second in zip(ends[0].parameters(), ends[1].parameters(), strict=True):
         torch.testing.assert_close(first, second, rtol=1e-9, atol=1e-11)

@@ -56,7 +56,14 @@ def in_classes(place: str, labels: np.ndarray, classes: Iterable[int] | None) ->
 
 def image_rows(images: np.ndarray, labels: np.ndarray) -> Dataset:
     """Return rows of kind `classes` from grey images (N, H, W) in [0, 1] and labels (N,)."""
+    import pyarrow as pa
     from datasets import Array2D, Dataset, Features, Value
 
-    features = Features({"features": Array2D(shape=images.shape[1:], dtype="float32"), "label": Value("int64")})
-    return Dataset.from_dict({"features": images.astype(np.float32), "label": labels.astype(np.int64)}, features=features)
+    count, height, width = images.shape
+    features = Features({"features": Array2D(shape=(height, width), dtype="float32"), "label": Value("int64")})
+    kind = features.arrow_schema.field("features").type
+    pixels = pa.array(np.ascontiguousarray(images, dtype=np.float32).ravel())  # nested by offsets: no Python lists
+    lines = pa.ListArray.from_arrays(pa.array(np.arange(count * height + 1, dtype=np.int32) * width), pixels)
+    grids = pa.ListArray.from_arrays(pa.array(np.arange(count + 1, dtype=np.int32) * height), lines)
+    columns = [pa.ExtensionArray.from_storage(kind, grids), pa.array(labels.astype(np.int64))]
+    return Dataset(pa.Table.from_arrays(columns, schema=features.arrow_schema))

@@ -7,6 +7,7 @@ Cost: parsing of about 4 source characters for every character of text.
 from __future__ import annotations
 
 import ast
+import os
 import sysconfig
 import warnings
 from collections.abc import Iterator
@@ -60,11 +61,13 @@ def _modules(part: str) -> list[tuple[str, Path]]:
     """Return the (name, file) of the part's modules, in the order of a hash of their names."""
     root = Path(sysconfig.get_paths()["stdlib"])
     found = []
-    for path in root.rglob("*.py"):
-        parts = path.relative_to(root).with_suffix("").parts
-        held_out = derive("pythondocs", parts[0]) % 5 == 0
-        if not SKIPPED & set(parts) and held_out == (part == "test"):
-            found.append((".".join(parts).removesuffix(".__init__"), path))
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in SKIPPED]
+        package = Path(folder).relative_to(root).parts
+        for name in files:
+            parts = (*package, name.removesuffix(".py"))
+            if name.endswith(".py") and (derive("pythondocs", parts[0]) % 5 == 0) == (part == "test"):
+                found.append((".".join(parts).removesuffix(".__init__"), Path(folder) / name))
     return sorted(found, key=lambda pair: (derive("pythondocs", "order", pair[0]), pair[0]))
 
 

@@ -52,7 +52,9 @@ def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     A Hugging Face model gets the inputs of the batch by name and never its labels; a plain module gets `pixel_values` (or, without
     them, `input_ids`) as its only argument and returns a tensor or something with `.logits`.
     """
-    if isinstance(model, PreTrainedModel) or isinstance(unwrapped(model), PreTrainedModel):  # the plain case first: unwrapping costs imports
+    if isinstance(model, PreTrainedModel) or isinstance(
+        unwrapped(model), PreTrainedModel
+    ):  # the plain case first: unwrapping costs imports
         return model(**{name: batch[name] for name in INPUTS if name in batch}).logits
     out = model(batch["pixel_values"] if "pixel_values" in batch else batch["input_ids"])
     return out if isinstance(out, Tensor) else out.logits

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import inspect
 import json
@@ -70,7 +71,7 @@ def load_model(
         if place.startswith("desk:"):
             loaded = _from_desk(place, seed)
         elif place.startswith("config:"):
-            loaded = _from_config(place, trust_remote_code)
+            loaded = _from_config(place, wanted, trust_remote_code)
         elif Path(place).is_dir():
             loaded = _from_folder(Path(place), wanted, trust_remote_code)
         elif _FACTORY.fullmatch(place):
@@ -78,12 +79,13 @@ def load_model(
         elif _looks_like_path(place):
             raise _no_folder(Path(place))
         else:
-            loaded = _from_hub(place, wanted, trust_remote_code)
+            loaded = _pretrained(place, wanted, trust_remote_code)
     loaded.spec = place
     if wanted is not None:
         for _, tensor in _distinct(loaded.model):  # not .to(dtype), which would round the rotary frequencies too
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(wanted)
+    _aligned(loaded.model)
     loaded.model.to(device=device)
     loaded.model.eval()
     return loaded
@@ -166,14 +168,14 @@ def _from_desk(spec: str, seed: int) -> Loaded:
     return _as_loaded(spec, desk.build(name, seed))
 
 
-def _from_config(spec: str, trust: bool) -> Loaded:
+def _from_config(spec: str, dtype: torch.dtype | None, trust: bool) -> Loaded:
     path = Path(spec.removeprefix("config:"))
     if not path.exists():
         raise _no_folder(path)
     config = _config(path, trust)
     auto = _auto_classes(str(path), config)[0]
     folder = path if path.is_dir() else path.parent
-    model = auto.from_config(config, trust_remote_code=trust)
+    model = auto.from_config(config, dtype=dtype or torch.float32, trust_remote_code=trust)
     if not _has_processor(folder):
         return Loaded(model, None, spec)
     processor, notes = _processor(folder, model, config, trust)
@@ -198,10 +200,6 @@ def _from_folder(folder: Path, dtype: torch.dtype | None, trust: bool) -> Loaded
             )
         raise Mistake(folder, "holds no weights (*.safetensors)", f"copy them there, or use 'config:{folder}' for fresh ones")
     return _pretrained(folder, dtype, trust)
-
-
-def _from_hub(spec: str, dtype: torch.dtype | None, trust: bool) -> Loaded:
-    return _pretrained(spec, dtype, trust)
 
 
 def _pretrained(source: Path | str, dtype: torch.dtype | None, trust: bool) -> Loaded:
@@ -312,6 +310,16 @@ def _as_loaded(spec: str, made: Any) -> Loaded:
 
 
 # ---- reading the parts ----
+
+
+def _aligned(model: nn.Module) -> None:
+    """Give weights that lie askew in a mapped file memory of their own.
+
+    Kernels may add up in another order on askew memory, so that a resumed run would part from one that was never stopped.
+    """
+    for _, tensor in _distinct(model):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -445,7 +453,9 @@ def _write(model: nn.Module, folder: Path, final: Path, state: dict[str, Tensor]
     elif isinstance(model, PreTrainedModel):
         model.save_pretrained(str(folder), state_dict=state if is_sharded(model) else None)
     else:
-        save_file(_own_memory(state.items() if state and is_sharded(model) else _distinct(model)), folder / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            _own_memory(state.items() if state and is_sharded(model) else _distinct(model)), folder / WEIGHTS, metadata={"format": "pt"}
+        )
         write_text(folder / FACTORY, json.dumps({"factory": getattr(model, "remanence_factory", None)}) + "\n")
 
 
@@ -457,7 +467,9 @@ def _write_base(base: nn.Module, folder: Path) -> None:
     folder.mkdir()
     state = {name: tensor for name, tensor in ((_without_adapter(name), tensor) for name, tensor in _distinct(base)) if name is not None}
     if isinstance(base, PreTrainedModel):
-        base.config.save_pretrained(str(folder))
+        config = copy.deepcopy(base.config)
+        config.architectures, config.dtype = [type(base).__name__], base.dtype
+        config.save_pretrained(str(folder))
         if base.can_generate():
             base.generation_config.save_pretrained(str(folder))
     else:

@@ -107,7 +107,7 @@ def weights_by_role(model: nn.Module, *, strict: bool | None = None) -> list[Wei
         role = _role(plain.rpartition(".")[0], sandwich)
         if role is None:
             role = "head" if [holder] == last else "norm" if _is_norm(modules[holder]) else "other"
-            unknown.append(_LAYER.sub(".*.", plain.rpartition(".")[0] or plain))
+            unknown.append(re.sub(r"\.\d+\.", ".*.", plain.rpartition(".")[0] or plain))
         lora = match.group(1) if (match := _LORA.search(name)) else ""
         layer = int(match.group(1)) if (match := _LAYER.search(plain)) else None
         counted = {"key": key_heads, "value": key_heads, "query": heads, "qkv": heads, "output": heads}.get(role)

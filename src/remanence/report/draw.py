@@ -92,7 +92,14 @@ def cut(text: str, letters: int) -> str:
 
 
 def curves(
-    lines: Sequence[Line], events: Sequence[dict[str, Any]], timeline: Timeline, scale: dict[str, Any], *, width: int, title: str, at: Sequence[Sequence[float]]
+    lines: Sequence[Line],
+    events: Sequence[dict[str, Any]],
+    timeline: Timeline,
+    scale: dict[str, Any],
+    *,
+    width: int,
+    title: str,
+    at: Sequence[Sequence[float]],
 ) -> Markup:
     """Draw retention curves with a band per event; names and last values stand at the lines' ends.
 
@@ -125,7 +132,9 @@ def curves(
         x0, x1 = px(timeline.places[number]), px(timeline.places[number + 1])
         verb = event["verb"] if event["verb"] in ("learn", "forget") else "other"
         shade = "even" if number % 2 else "odd"
-        out.append(f'<g><title>{event["event"]}: {escape(event["verb"])} {escape(event["name"])}, {event["end"] - event["start"]:g} steps</title>')
+        out.append(
+            f"<g><title>{event['event']}: {escape(event['verb'])} {escape(event['name'])}, {event['end'] - event['start']:g} steps</title>"
+        )
         out.append(f'<rect class="band {verb} {shade}" x="{x0:.1f}" y="{top}" width="{x1 - x0:.1f}" height="{inner_h}"/>')
         out.append(f'<rect class="cap {verb}" x="{x0 + 1:.1f}" y="{top - 18}" width="{max(x1 - x0 - 2, 1):.1f}" height="15" rx="3"/>')
         room = int((x1 - x0 - 8) / LETTER)
@@ -157,14 +166,20 @@ def curves(
                 ring = "taught" if line.taught is not None and step == line.taught else "end"
                 radius = 4.2 if ring == "taught" else 2.4
                 tip = f"{escape(line.name)}: {escape(value)} at step {step:g}"
-                out.append(f'<circle class="{ring} {line.shade}" cx="{x:.1f}" cy="{py(mean):.1f}" r="{radius}"><title>{tip}</title></circle>')
+                out.append(
+                    f'<circle class="{ring} {line.shade}" cx="{x:.1f}" cy="{py(mean):.1f}" r="{radius}"><title>{tip}</title></circle>'
+                )
         known = [(x, mean) for x, (_, mean, _), _, _ in drawn if mean is not None]
         if known:
             ends.append((known[-1][0], py(known[-1][1]), line))
     edge = left + inner_w
     for (x, y, line), place in zip(ends, spaced([y for _, y, _ in ends], 14, top + 4, height - bottom)):
-        out.append(f'<path class="leader {line.shade}" d="M{x:.1f} {y:.1f} L{max(x, edge) + 4:.1f} {y:.1f} L{edge + 14:.1f} {place:.1f} L{edge + 18:.1f} {place:.1f}"/>')
-        out.append(f'<text class="name" x="{edge + 21:.1f}" y="{place + 3.8:.1f}">{escape(cut(line.label, limit))}<title>{escape(line.name)}</title></text>')
+        out.append(
+            f'<path class="leader {line.shade}" d="M{x:.1f} {y:.1f} L{max(x, edge) + 4:.1f} {y:.1f} L{edge + 14:.1f} {place:.1f} L{edge + 18:.1f} {place:.1f}"/>'
+        )
+        out.append(
+            f'<text class="name" x="{edge + 21:.1f}" y="{place + 3.8:.1f}">{escape(cut(line.label, limit))}<title>{escape(line.name)}</title></text>'
+        )
     out.append("</svg>")
     return Markup("".join(out))
 
@@ -199,7 +214,9 @@ def sparkline(points: Sequence[dict[str, Any]], title: str, width: int = 150, he
     x = np.linspace(2, width - 4, len(means)) if len(means) > 1 else np.array([width / 2])
     y = height - 4 - (means - low) / ((high - low) or 1) * (height - 8)
     fine = np.isfinite(y)
-    out = [f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>']
+    out = [
+        f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
+    ]
     for before, (number, point) in pairwise(enumerate(points)):
         if before[1]["stage"] != point["stage"]:
             place = 2 + (width - 6) * number / max(len(points) - 1, 1)

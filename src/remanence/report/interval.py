@@ -6,9 +6,7 @@ import numpy as np
 from jaxtyping import Float
 
 
-def t_interval(
-    values: Float[np.ndarray, "... seeds"], level: float = 0.95
-) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+def t_interval(values: Float[np.ndarray, "... seeds"], level: float = 0.95) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """Return the mean over the last axis and the half-width of its t-interval.
 
     Missing seeds are NaN and count for nothing. The half-width is `t(level, n - 1) * s / sqrt(n)` with the sample standard deviation `s` (Student 1908); it is

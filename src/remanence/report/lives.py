@@ -203,13 +203,24 @@ def _events(runs: list[Run]) -> list[dict[str, Any]]:
     for number in sorted((set(rows) | set(inside)) - {0}):
         found = rows.get(number, [])
         if found:
-            event = {key: found[0][key] for key in ("event", "name", "verb", "kind", "method", "rows", "settings", "weights_before", "weights_after")}
+            event = {
+                key: found[0][key]
+                for key in ("event", "name", "verb", "kind", "method", "rows", "settings", "weights_before", "weights_after")
+            }
             steps = max(row["steps"] for row in found)
             seconds = [row["seconds"] for row in found if row["seconds"] is not None and math.isfinite(row["seconds"])]
             event |= {"steps": steps, "seconds": sum(seconds) / len(seconds) if seconds else None, "complete": True}
         else:
             steps = inside[number]
-            event = {"event": number, "name": f"event {number}, cut off", "verb": "", "kind": "", "method": "", "rows": None, "settings": {}}
+            event = {
+                "event": number,
+                "name": f"event {number}, cut off",
+                "verb": "",
+                "kind": "",
+                "method": "",
+                "rows": None,
+                "settings": {},
+            }
             event |= {"weights_before": "", "weights_after": "", "steps": steps, "seconds": None, "complete": False}
         merged.append(event | {"start": at, "end": at + steps})
         at += steps

@@ -7,7 +7,7 @@ import datetime
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import quote
 
 from markupsafe import Markup
@@ -24,7 +24,7 @@ PART_SHADES = {"forget": "erase", "retain": "c0", "neighbours": "c2", "holdout":
 SHADES = 6  # colours of the palette; beyond them the dash changes
 
 
-def write_report(ledgers: Sequence[str | Path], output: str | Path, format: Literal["html", "md", "json"] = "html") -> Path:
+def write_report(ledgers: Sequence[str | Path], output: str | Path, format: str = "html") -> Path:
     """Write the report on one or more ledgers and return its path.
 
     Beside a page or a Markdown file stands `NAME-data/` with one CSV per table of the ledgers, every row of it.
@@ -88,7 +88,9 @@ def as_html(report: dict[str, Any], data: str | None = None) -> str:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     # autoescape for every template: names come from users
-    engine = Environment(loader=PackageLoader("remanence.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    engine = Environment(
+        loader=PackageLoader("remanence.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     engine.globals |= {
         "shown": text.shown, "points": text.points, "between": text.between, "duration": text.duration, "steps_word": text.steps_word,
         "settings_words": text.settings_words, "percent": _percent, "day": _day, "tables": TABLES,
@@ -216,8 +218,12 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
                         values=[text.between(point, measure["share"]) for point in points],
                     )
                 )  # fmt: skip
-                places.append([0.0 if point["event"] == 0 else time.at(point["x"], _position(life["events"], point["event"])) for point in points])
-            words = f"{title}, {life['life']}: {measure['name']} over optimizer steps. " + "; ".join(f"{line.name} ends at {line.label.removeprefix(line.name).strip()}" for line in lines)
+                places.append(
+                    [0.0 if point["event"] == 0 else time.at(point["x"], _position(life["events"], point["event"])) for point in points]
+                )
+            words = f"{title}, {life['life']}: {measure['name']} over optimizer steps. " + "; ".join(
+                f"{line.name} ends at {line.label.removeprefix(line.name).strip()}" for line in lines
+            )
             full = (WIDE - 16 * (columns - 1)) // columns
             drawn.append(
                 {
@@ -227,7 +233,16 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
                 }
             )
         if drawn:
-            figures.append({"life": life["life"], "oracle": life["oracle"], "events": life["events"], "columns": columns, "panels": drawn, "seeds": len(life["seeds"])})
+            figures.append(
+                {
+                    "life": life["life"],
+                    "oracle": life["oracle"],
+                    "events": life["events"],
+                    "columns": columns,
+                    "panels": drawn,
+                    "seeds": len(life["seeds"]),
+                }
+            )
     return figures
 
 
@@ -298,6 +313,17 @@ def _work(life: dict[str, Any]) -> dict[str, Any]:
         known = [point["mean"] for point in points if point["mean"] is not None]
         words = f"training loss of {event['name']}: from {text.shown(known[0], False)} to {text.shown(known[-1], False)}" if known else ""
         rows.append(
-            event | {"first": known[0] if known else None, "last": known[-1] if known else None, "spark": draw.sparkline(points, words) if known else Markup("")}
+            event
+            | {
+                "first": known[0] if known else None,
+                "last": known[-1] if known else None,
+                "spark": draw.sparkline(points, words) if known else Markup(""),
+            }
         )
-    return {"life": life["life"], "oracle": life["oracle"], "runs": life["runs"], "rows": rows, "seconds": sum(run["seconds"] for run in life["runs"])}
+    return {
+        "life": life["life"],
+        "oracle": life["oracle"],
+        "runs": life["runs"],
+        "rows": rows,
+        "seconds": sum(run["seconds"] for run in life["runs"]),
+    }

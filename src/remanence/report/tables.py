@@ -48,7 +48,9 @@ def numbers(ledgers: Sequence[str | Path]) -> dict[str, Any]:
     """
     lives = group(read_runs(ledgers))
     tasks = list(dict.fromkeys(event["name"] for life in lives for event in life.events if event["verb"] == "learn" and event["complete"]))
-    requests = list(dict.fromkeys(event["name"] for life in lives for event in life.events if event["verb"] == "forget" and event["complete"]))
+    requests = list(
+        dict.fromkeys(event["name"] for life in lives for event in life.events if event["verb"] == "forget" and event["complete"])
+    )
     measured = measures(lives)
     own: dict[str, dict[str, Any]] = {}  # subject -> the first measure that has it
     for measure in measured:
@@ -93,7 +95,15 @@ def measures(lives: Iterable[Life]) -> list[dict[str, Any]]:
     def preference(measure: dict[str, Any]) -> tuple[Any, ...]:
         base = measure["metric"].rpartition("/")[2]
         rank = SHARES.index(base) if measure["share"] else len(SHARES)
-        return (not measure["any"], measure["better"] == "lower", "/" in measure["metric"], rank, -len(measure["subjects"]), measure["probe"], measure["metric"])
+        return (
+            not measure["any"],
+            measure["better"] == "lower",
+            "/" in measure["metric"],
+            rank,
+            -len(measure["subjects"]),
+            measure["probe"],
+            measure["metric"],
+        )
 
     return sorted(found, key=preference)
 
@@ -132,7 +142,13 @@ def _plain(value: Any) -> float | None:
 
 
 def _life(
-    life: Life, measured: list[dict[str, Any]], own: dict[str, dict[str, Any]], roles: dict[str, Any], tasks: list[str], requests: list[str], lives: list[Life]
+    life: Life,
+    measured: list[dict[str, Any]],
+    own: dict[str, dict[str, Any]],
+    roles: dict[str, Any],
+    tasks: list[str],
+    requests: list[str],
+    lives: list[Life],
 ) -> dict[str, Any]:
     runs = [
         {key: getattr(run, key) for key in ("run", "ledger", "recipe", "seed", "parameters", "at", "settings", "versions")}
@@ -149,7 +165,9 @@ def _life(
         "events": life.events,
         "headline": headline(life, own, roles, lives),
         "curves": [curve(measure, subject, found[subject]) for measure, found in present for subject in order if subject in found],
-        "matrix": [matrix_row(life, measure, subject, found[subject]) for measure, found in present for subject in order if subject in found],
+        "matrix": [
+            matrix_row(life, measure, subject, found[subject]) for measure, found in present for subject in order if subject in found
+        ],
         "moved": moved(life),
         "losses": losses(life),
     }
@@ -227,9 +245,15 @@ def headline(life: Life, own: dict[str, dict[str, Any]], roles: dict[str, Any], 
     for subject in left:
         finals = [one.at_end() for other in lives if other.oracle and (one := series(subject, other)) is not None]
         oracle_values.append(np.nanmean(np.concatenate(finals)) if finals and np.isfinite(np.concatenate(finals)).any() else np.nan)
-    oracle = _plain(np.mean(oracle_values)) if oracle_values else None  # all forget sets or none: a mean over other sets could not be compared
+    oracle = (
+        _plain(np.mean(oracle_values)) if oracle_values else None
+    )  # all forget sets or none: a mean over other sets could not be compared
     kept, remaining, lost = over(keep, "final"), over(left, "final"), over([*keep, *care], "fall")
-    excess = None if oracle is None or remaining["mean"] is None or life.oracle else (oracle - remaining["mean"] if lower else remaining["mean"] - oracle)
+    excess = (
+        None
+        if oracle is None or remaining["mean"] is None or life.oracle
+        else (oracle - remaining["mean"] if lower else remaining["mean"] - oracle)
+    )
     return {
         "kept": kept,
         "left": remaining | {"oracle": None if life.oracle else oracle, "excess": excess},
@@ -267,7 +291,9 @@ def request_bars(lives: list[Life], measure: dict[str, Any], name: str) -> list[
                 bars.append({"life": life.name, "event": event} | {when: spread(values) for when, values in moments.items()})
         if bars:
             oracle = spread(np.concatenate(finals)) if finals else None
-            rows.append({"request": name, "probe": measure["probe"], "metric": measure["metric"], "part": part, "lives": bars, "oracle": oracle})
+            rows.append(
+                {"request": name, "probe": measure["probe"], "metric": measure["metric"], "part": part, "lives": bars, "oracle": oracle}
+            )
     return rows
 
 
@@ -282,7 +308,9 @@ def moved(life: Life) -> list[dict[str, Any]]:
             relative = row["relative"] if row["relative"] is not None and math.isfinite(row["relative"]) else math.nan
             cells.setdefault((row["event"], row["role"], row["layer"]), []).append((row["size"], row["changed"], relative))
     rows = []
-    for (event, role, layer), tensors in sorted(cells.items(), key=lambda item: (item[0][0], item[0][1], -1 if item[0][2] is None else item[0][2])):
+    for (event, role, layer), tensors in sorted(
+        cells.items(), key=lambda item: (item[0][0], item[0][1], -1 if item[0][2] is None else item[0][2])
+    ):
         table = np.array(tensors, dtype=np.float64)
         size, changed, relative = table[:, 0], table[:, 1], table[:, 2]
         known = np.isfinite(relative) & (size > 0)
@@ -307,6 +335,8 @@ def losses(life: Life) -> list[dict[str, Any]]:
     for event, steps in sorted(table.items()):
         keys = sorted(steps)
         means = [[value for value in steps[key] if value == value] for key in keys]
-        points = [{"stage": stage, "step": step, "mean": sum(found) / len(found) if found else None} for (stage, step), found in zip(keys, means)]
+        points = [
+            {"stage": stage, "step": step, "mean": sum(found) / len(found) if found else None} for (stage, step), found in zip(keys, means)
+        ]
         rows.append({"event": event, "points": points})
     return rows

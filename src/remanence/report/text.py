@@ -68,7 +68,11 @@ def verdict(report: dict[str, Any]) -> str:
     if not kept:
         return "No score was recorded that could be summed up."
     if len(lives) == 1:
-        said = [f"kept {shown(kept[0][0], share)} of what it should know" if share else f"ends at a mean of {shown(kept[0][0], share)} on what it should know"]
+        said = [
+            f"kept {shown(kept[0][0], share)} of what it should know"
+            if share
+            else f"ends at a mean of {shown(kept[0][0], share)} on what it should know"
+        ]
         if over:
             said.append(_excess(over[0][0], share))
         elif left:
@@ -157,7 +161,16 @@ def as_markdown(report: dict[str, Any], data: str | None = None) -> str:
         head = life["headline"]
         oracle = MISSING if head["left"]["oracle"] is None else shown(head["left"]["oracle"], share)
         name = life["life"] + (" (oracle)" if life["oracle"] else "")
-        rows.append((name, between(head["kept"], share), between(head["left"], share), oracle, points(head["lost"]["mean"], share), len(life["seeds"])))
+        rows.append(
+            (
+                name,
+                between(head["kept"], share),
+                between(head["left"], share),
+                oracle,
+                points(head["lost"]["mean"], share),
+                len(life["seeds"]),
+            )
+        )
     lines += _table(("life", RULES[0][0], RULES[1][0], "oracle", RULES[2][0], "seeds"), rows)
     lines += [f"- {_cell(name)}: {_cell(rule)}" for name, rule in RULES]
     names = ", ".join(name_of(report, measure) for measure in report["lives"][0]["headline"]["measures"])
@@ -169,7 +182,9 @@ def as_markdown(report: dict[str, Any], data: str | None = None) -> str:
             if found:
                 lines += [f"### {_cell(life['life'])}", ""]
                 columns = ["start", *(f"{event['event']} {event['verb']} {event['name']}" for event in life["events"])]
-                lines += _table(["set", *columns], ([row["subject"], *(between(cell, measure["share"]) for cell in row["cells"])] for row in found))
+                lines += _table(
+                    ["set", *columns], ([row["subject"], *(between(cell, measure["share"]) for cell in row["cells"])] for row in found)
+                )
         bars = [row for row in report["requests"] if (row["probe"], row["metric"]) == (measure["probe"], measure["metric"])]
         if bars:
             lines += ["### Requests", ""]

@@ -13,10 +13,10 @@ NLL_r = -sum_q w_q logp_q[y_q].
 | label_free | \|d mean_r sum_q w_q \|\|logits_q\|\|^2\| | none | 1 per batch |
 
 `exact` takes a language model's tokens as independent given the observed prefix. It is the expectation of `sampled` over its draws (the
-cross terms vanish since E_k[d logp_q[k]] = 0), so the two share a scale. It costs V backward passes for each supervised token: for small V only.
-`batched` is no Fisher diagonal (the square of a mean, not the mean of squares): it shrinks with the batch size, and is here since released
-code of several papers computes it. Its mean is over rows, as in the others. Fishers that differ in definition, `row` or batch size
-differ by orders of magnitude: report `Fisher.trace` beside every lambda or alpha.
+cross terms vanish since E_k[d logp_q[k]] = 0), so the two share a scale. It costs V backward passes for each supervised token: for small
+V only. `batched` is no Fisher diagonal (the square of a mean, not the mean of squares): it shrinks with the batch size, and is here
+since released code of several papers computes it. Its mean is over rows, as in the others. Fishers that differ in definition, `row` or
+batch size differ by orders of magnitude: report `Fisher.trace` beside every lambda or alpha.
 
 Sources: Martens (arXiv 1412.1193) for exact, sampled and empirical; Foster et al. (arXiv 2308.07707) for batched; Foster et al.
 (arXiv 2402.19308) for label_free.
@@ -122,7 +122,7 @@ def diagonal_fisher(
     device = next(iter(chosen.values())).device
     with _still(model, eager=chunk > 1 and definition in ("exact", "sampled", "empirical")):
         for number, batch in enumerate(batches, start=1):
-            rows = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            rows = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
             count += _add_batch(model, chosen, totals, rows, definition, row, generator, chunk)
             if progress is not None:
                 progress(number)
@@ -324,20 +324,18 @@ def _value(
 def _draw_labels(
     model: nn.Module, inputs: dict[str, Tensor], at: Int[Tensor, "B Q"], chunk: int, generator: torch.Generator
 ) -> Int[Tensor, "B Q"]:
-    """Draw one label per position from the model's own predictions."""
+    """Draw one label per position from the model's own predictions, by inverting their cumulative sum: the same for any chunk."""
+    heights = torch.rand(at.shape, dtype=torch.float64, generator=generator, device=generator.device).to(at.device)
     drawn = []
-    for part, places in _parts(inputs, at, chunk):
+    for start in range(0, len(at), chunk):
+        here = slice(start, start + chunk)
+        part = {name: value[here] if len(value) == len(at) else value for name, value in inputs.items()}
         with torch.no_grad():
-            logits = _logits(model(**part), places)
-        odds = logits.to(_wide(logits)).softmax(dim=-1).flatten(0, 1).to(generator.device)
-        drawn.append(torch.multinomial(odds, 1, generator=generator).view(places.shape).to(at.device))
+            stairs = _logits(model(**part), at[here]).double().softmax(dim=-1).cumsum(dim=-1)
+        drawn.append(
+            torch.searchsorted(stairs, heights[here][..., None] * stairs[..., -1:], right=True)[..., 0].clamp(max=stairs.shape[-1] - 1)
+        )
     return torch.cat(drawn)
-
-
-def _parts(inputs: dict[str, Tensor], at: Tensor, size: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    for start in range(0, len(at), size):
-        here = slice(start, start + size)
-        yield {name: value[here] if len(value) == len(at) else value for name, value in inputs.items()}, at[here]
 
 
 def _add_rows(

@@ -174,7 +174,7 @@ class Trainer:
         history: the tasks before this event, without rows that were forgotten since (for methods that may look back: joint training, retraining).
         checkpoints: where to keep points of this event; `None` keeps none.
         record: takes (table, rows) for the ledger.
-        watch: called as `watch(model, step)` after every optimizer step, `step` counted over the event's stages.
+        watch: called as `watch(model, step)` after every optimizer step, `step` counted over the event's stages; `True` ends the stage.
         progress: draw a bar for whatever takes more than a second or two.
         accelerator: of Accelerate; by default this process's one.
     """
@@ -190,7 +190,7 @@ class Trainer:
         history: Sequence[Task] = (),
         checkpoints: Checkpoints | None = None,
         record: Recorder | None = None,
-        watch: Callable[[nn.Module, int], None] | None = None,
+        watch: Callable[[nn.Module, int], bool | None] | None = None,
         progress: bool = True,
         accelerator: Accelerator | None = None,
     ):
@@ -218,6 +218,17 @@ class Trainer:
         if self.settings.steps is not None:
             return self.settings.steps
         return max(1, math.ceil(self.settings.epochs * len(batches) / (self.settings.accumulate * world_size())))
+
+    def first_seen(self, batches: Batches, step: Step) -> np.ndarray:
+        """Return the numbers of the rows that a step is the first of its stage to train on, over all micro-batches and processes, in their order.
+
+        For memories that take each row once: what they are shown does not depend on accumulation or processes.
+        """
+        share = self.settings.accumulate * world_size()
+        first, last = step.number * share * batches.size, min((step.number + 1) * share * batches.size, batches.count)
+        if first >= last:
+            return np.zeros(0, np.int64)
+        return np.concatenate([batches.numbers(step.number * share + part) for part in range(share)])[: last - first]
 
     def generator(self, *words: object) -> torch.Generator:
         """Return a generator of this event, named by words."""
@@ -316,10 +327,12 @@ class Trainer:
         """
         settings, stage = self.settings, self._stage
         steps = steps if steps is not None else self.steps_for(batches)  # type: ignore[arg-type]
-        first, self._stage, self.steps_done = self.steps_done, stage + 1, self.steps_done + steps
+        first, self._stage = self.steps_done, stage + 1
         point = self._checkpoints.latest() if self._checkpoints else None
         if self._checkpoints and point and (ended := self._checkpoints.end_of(stage)):
-            self._restore(model, None, self._checkpoints.load(ended))
+            state = self._checkpoints.load(ended)
+            self._restore(model, None, state)
+            self.steps_done = state["steps_done"]
             return model
         model.to(self.accelerator.device)
         chosen = self._chosen(model, parameters)
@@ -342,7 +355,7 @@ class Trainer:
                 self._restore(model, descent, self._checkpoints.load(point))
                 start = point.step or 0
             rate = schedule or make_schedule(settings, steps)
-            self._loop(model, batches, loss, descent, rate, trained, range(start, steps), first, stage, after_backward, after_step)
+            done = self._loop(model, batches, loss, descent, rate, trained, range(start, steps), first, stage, after_backward, after_step)
             descent.zero_grad(set_to_none=True)
         finally:
             noise.restore()
@@ -352,6 +365,7 @@ class Trainer:
                 parameter.requires_grad_(flag)
             if settings.gradient_checkpointing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
+        self.steps_done = first + done
         self._save(model, None, stage, None)
         return model
 
@@ -368,7 +382,8 @@ class Trainer:
         stage: int,
         after_backward: Callback | None,
         after_step: Callback | None,
-    ) -> None:
+    ) -> int:
+        """Do the steps and return the number of the last one, counted from 1."""
         settings, world, device = self.settings, world_size(), self.accelerator.device
         parts, replicated = settings.accumulate, world > 1 and not is_sharded(model)
         base = [group["lr"] for group in descent.param_groups]
@@ -400,9 +415,9 @@ class Trainer:
                 enough = after_step is not None and after_step(model, step) is True
                 log.add(number, total, base[0] * multiplier, norm)
                 if self._watch is not None:
-                    self._watch(model, first + number + 1)
+                    enough = self._watch(model, first + number + 1) is True or enough
                 if enough:
-                    break
+                    return number + 1
                 if (
                     self._checkpoints
                     and self._checkpoints.every
@@ -411,6 +426,7 @@ class Trainer:
                 ):
                     log.flush()
                     self._save(model, descent, stage, number + 1)
+        return numbers.stop
 
     def _chosen(self, model: nn.Module, parameters: Iterable[str] | None) -> frozenset[str]:
         """Return the names of the parameters to train."""
@@ -438,7 +454,7 @@ class Trainer:
         """Write a checkpoint (every process gathers, the main one writes)."""
         if self._checkpoints is None:
             return
-        state: dict[str, Any] = {"model": model_state(model)}
+        state: dict[str, Any] = {"model": model_state(model), "steps_done": self.steps_done}
         if descent is not None:
             state["optimizer"] = optimizer_state(model, descent)
         if isinstance(self.owner, Stateful):

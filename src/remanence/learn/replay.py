@@ -1,0 +1,94 @@
+"""Experience replay (ER): mix rows of a small memory of the past into every step. The strongest simple method; others must beat it at equal bytes.
+
+"On Tiny Episodic Memories in Continual Learning", Chaudhry et al. 2019, arXiv 1902.10486; the reservoir is Vitter's algorithm R (1985).
+
+    L = mean over the new batch of l(x, y)  +  mean over a batch drawn from the memory of l(x, y)
+
+| paper | here | default |
+|---|---|---|
+| mem_sz, rows kept | `capacity` | 500 |
+| batch from the memory, B_M | `batch_size`, per micro-batch and process; `None`: as many as new rows | None |
+| MemBatch update | `memory`: reservoir, or balanced (equal shares per class, per task for language models) | reservoir |
+
+Differs from the paper: training may take several epochs, so each row is shown to the memory once per task, in the step that first trains on it (in a run of
+one epoch this is the paper). Rows are drawn with replacement, by position in the stream, so accumulation and processes do not change what is drawn.
+Cost: twice the time of plain training with equal batches; `capacity` encoded rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from remanence.errors import Mistake, nearest
+from remanence.seeds import derive
+from remanence.stream import Request, Task
+from remanence.training.batches import Batch, Draws, Zip
+from remanence.training.losses import nll
+from remanence.training.memory import MEMORIES, BalancedMemory, ReservoirMemory, groups, make_memory
+from remanence.training.trainer import Step, Trainer
+
+
+@dataclass
+class Replay:
+    """Replay rows of earlier tasks, and of this one.
+
+    Args:
+        capacity: rows kept; 0 keeps none, which is plain training.
+        memory: reservoir | balanced.
+        batch_size: rows drawn per micro-batch; `None` takes the size of the new batch.
+    """
+
+    capacity: int = 500
+    memory: str = "reservoir"
+    batch_size: int | None = None
+    tasks: int = field(default=0, init=False)
+    kept: ReservoirMemory | BalancedMemory = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.memory not in MEMORIES:
+            raise Mistake("replay.memory", f"unknown memory '{self.memory}'", nearest(self.memory, MEMORIES))
+        if self.batch_size is not None and self.batch_size < 1:
+            raise Mistake("replay.batch_size", f"is {self.batch_size}", "give 1 or more, or nothing for the size of the new batch")
+        if self.capacity < 0:
+            raise Mistake("replay.capacity", f"is {self.capacity}", "give 0 (off) or more rows")
+        self.kept = make_memory(self.memory, self.capacity, 0)
+
+    def learn(self, model: nn.Module, task: Task, trainer: Trainer) -> nn.Module:
+        """Fit new and old rows together; show each new row to the memory behind the step that first trains on it."""
+        if self.kept.seen == 0:
+            self.kept = make_memory(self.memory, self.capacity, derive(trainer.seed, "kept"))
+        new, number = trainer.batches(task.train, task.kind), self.tasks
+        old = Draws(self.kept, self.batch_size or new.size, seed=derive(trainer.seed, "memory"))
+
+        def remember(model: nn.Module, step: Step) -> None:
+            rows = trainer.first_seen(new, step)
+            if len(rows):
+                batch = new.take(rows)
+                self.kept.add(batch, group=groups(batch, number))
+
+        model = trainer.fit(model, Zip(new=new, old=old), replay_nll, steps=trainer.steps_for(new), after_step=remember)
+        self.tasks = number + 1
+        trainer.note("memory", {"rows": len(self.kept), "bytes": self.kept.bytes})
+        return model
+
+    def erase(self, request: Request, trainer: Trainer) -> int:
+        """Remove the kept rows that equal a forget row; return their number."""
+        return self.kept.erase(request, trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the memory and the number of tasks learned."""
+        return {"tasks": self.tasks, "kept": self.kept.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` returned."""
+        self.tasks = state["tasks"]
+        self.kept.load_state_dict(state["kept"])
+
+
+def replay_nll(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the mean loss of the new batch plus the mean loss of the old one, where there is one."""
+    new = nll(model, batch["new"])
+    return new + nll(model, batch["old"]) if "old" in batch else new
