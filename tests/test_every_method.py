@@ -61,6 +61,7 @@ LEARNERS = [
     Case("hft", HalfTuning, lambda: HalfTuning(ratio=1), adapters=False, plain=False),
     Case("hft layers", lambda: HalfTuning(level="layer", train_embeddings=False), adapters=False, plain=False),
     Case("hft with replay", lambda: HalfTuning(inner=Replay(capacity=6)), lambda: HalfTuning(1, inner=Replay(0)), False, False),
+    Case("hft with agem", lambda: HalfTuning(inner=AGEM(6)), lambda: HalfTuning(1, inner=AGEM(0)), False, False),
     Case("hft with ewc", lambda: HalfTuning(inner=EWC(lam=50.0)), lambda: HalfTuning(1, inner=EWC(lam=0)), False, False),
 ]
 FAMILIES = ("llama", "gpt2", "qwen2")
