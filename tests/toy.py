@@ -45,11 +45,14 @@ def toy_lm(
     family: str, *, seed: int = 0, vocab: int = 64, width: int = 32, layers: int = 2, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """Return a causal LM of the family in evaluation mode; the global generator is left as it was."""
+    config = toy_config(family, vocab=vocab, width=width, layers=layers)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(toy_config(family, vocab=vocab, width=width, layers=layers), dtype=torch.float32)
-    for weight in model.parameters():  # not .to(dtype), which would round the rotary frequencies too
-        weight.data = weight.data.to(dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if dtype != torch.float32:  # the same draws, and buffers as a model of this precision has them (.to would round them)
+            weights = model.state_dict()
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model.load_state_dict(weights)
     return model.eval()
 
 

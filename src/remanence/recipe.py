@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from remanence.training.trainer import Settings
 
 Clause = str | dict[str, Any]
-Source = str | dict[str, Any]
+Source = str | dict[str, Any] | list[str | dict[str, Any]]
 Kind = Annotated[str, Field(pattern="^(text|qa|chat|classes|images)$")]
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^/\x00-\x1f]+$")]
 

@@ -192,13 +192,13 @@ def test_each_definition_equals_the_loop_over_rows(case, definition, row, chunk)
 def test_exact_is_the_expectation_of_sampled_over_all_label_sequences(row):
     model = seeded(gpt2)
     batch = token_batches(sizes=(1,), length=4)[0]
-    batch["labels"][0, 1:] = batch["input_ids"][0, 1:]
+    batch["labels"][0] = torch.tensor([-100, -100, 0, 0])
     batch["attention_mask"][:] = 1
     expected = None
     logp, labels, _ = predictions(model.eval(), batch)
     for sequence in itertools.product(range(V), repeat=len(labels)):
         labelled = {**batch, "labels": batch["labels"].clone()}
-        labelled["labels"][0, 1:] = torch.tensor(sequence)
+        labelled["labels"][0, 2:] = torch.tensor(sequence)
         odds = sum(logp[q, k] for q, k in enumerate(sequence)).exp().item()
         one = diagonal_fisher(model, [labelled], definition="empirical", row=row, chunk=1)
         expected = {name: odds * value + (0 if expected is None else expected[name]) for name, value in one.items()}

@@ -11,18 +11,22 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from remanence.errors import Mistake
+from remanence.seeds import derive
 from remanence.stream import check_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 IGNORED = -100
+FORMAT = 1  # raise it when the same rows shall give other inputs: encoded sets in the cache start anew
 TEMPLATE = "Q: {question}\nA: {answer}"
 
 
@@ -61,13 +65,22 @@ def encode_rows(rows: Dataset, kind: str, processor: Any, *, length: int = 256, 
             raise Mistake(
                 "data", f"kind '{kind}' needs a tokenizer and the model has none", "add the tokenizer's files to the model's folder"
             )
+        options: dict[str, Any] = {"tokenizer": processor, "length": length}
+        more: dict[str, Any] = {"remove_columns": rows.column_names}
+        # named by content, not by pickling the tokenizer on every call, which takes longer than encoding a small set
+        more["new_fingerprint"] = f"{derive(rows._fingerprint, kind, length, template, _identity(processor), FORMAT):016x}"
         if kind == "text":
-            return rows.map(_blocks, batched=True, remove_columns=rows.column_names, fn_kwargs={"tokenizer": processor, "length": length})
+            return rows.map(_blocks, batched=True, fn_kwargs=options, **more)
         if kind == "qa":
-            prompt = _prompt(template)
-            options = {"tokenizer": processor, "length": length, "prompt": prompt}
-            return rows.map(_answers, batched=True, with_indices=True, remove_columns=rows.column_names, fn_kwargs=options)
-        return rows.map(_turns, remove_columns=rows.column_names, fn_kwargs={"tokenizer": processor, "length": length})
+            return rows.map(_answers, batched=True, with_indices=True, fn_kwargs=options | {"prompt": _prompt(template)}, **more)
+        return rows.map(_turns, fn_kwargs=options, **more)
+
+
+@functools.lru_cache(maxsize=8)
+def _identity(tokenizer: Any) -> str:
+    """Return what decides about a tokenizer's output."""
+    core = tokenizer.backend_tokenizer.to_str() if getattr(tokenizer, "is_fast", False) else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(repr((core, tokenizer.special_tokens_map, tokenizer.chat_template)).encode()).hexdigest()
 
 
 def _prompt(template: str) -> str:
@@ -131,20 +144,33 @@ def _turns(row: dict[str, Any], tokenizer: Any, length: int) -> dict[str, list]:
 
 
 def _encode_images(rows: Dataset, kind: str, processor: Any) -> Dataset:
+    """Return features as stored tensors; images as a view that decodes and processes the rows of a batch when it is taken."""
     import datasets
 
+    if kind == "images":
+        kept = rows.select_columns(["image", "label"])
+        return kept.with_transform(functools.partial(_pixels, processor=processor))
+
     def convert(batch: dict[str, list]) -> dict[str, Any]:
-        if kind == "images" and processor is not None:
-            pixels = processor([image.convert("RGB") for image in batch["image"]], return_tensors="np")["pixel_values"]
-        elif kind == "images":
-            pixels = np.stack([np.asarray(image, np.float32) / 255 for image in batch["image"]])
-            pixels = pixels if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
-        else:
-            pixels = np.asarray(batch["features"], np.float32)
-        return {"pixel_values": pixels.astype(np.float32), "labels": np.asarray(batch["label"], np.int64)}
+        return {"pixel_values": np.asarray(batch["features"], np.float32), "labels": np.asarray(batch["label"], np.int64)}
 
     example = convert(rows[:1])["pixel_values"][0]
     inner = datasets.Value("float32")
     shape: Any = datasets.Sequence(inner) if example.ndim == 1 else getattr(datasets, f"Array{example.ndim}D")(example.shape, "float32")
     features = datasets.Features({"pixel_values": shape, "labels": datasets.Value("int64")})
     return rows.map(convert, batched=True, batch_size=256, remove_columns=rows.column_names, features=features)
+
+
+def _pixels(batch: dict[str, list], processor: Any) -> dict[str, Any]:
+    """Turn decoded images into pixel values: by the model's processor, or scaled to [0, 1] with channels first."""
+    if processor is not None:
+        pixels = processor([image.convert("RGB") for image in batch["image"]], return_tensors="np")["pixel_values"]
+    else:
+        sizes = {(image.size, image.mode) for image in batch["image"]}
+        if len(sizes) > 1:
+            raise Mistake(
+                "data", f"the images differ in size or mode ({sorted(map(str, sizes))[:2]})", "use a model with an image processor"
+            )
+        pixels = np.stack([np.asarray(image, np.float32) / 255 for image in batch["image"]])
+        pixels = pixels if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+    return {"pixel_values": np.asarray(pixels, np.float32), "labels": np.asarray(batch["label"], np.int64)}

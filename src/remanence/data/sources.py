@@ -7,6 +7,7 @@
     data: {digits: {classes: [0, 1], part: test}}
     data: {mnist: {classes: [3]}, shuffle: 7, split: {train: 0.9}}
     data: {pythondocs: {characters: 200000}}
+    data: [old.jsonl, {file: new.jsonl, limit: 100}]               # one after the other, with the columns that they share
 
 Modifiers act in this order: `where`, `except`, `shuffle` (a seed), `split` (`{train: 0.9}` keeps the first 90 %, `{test: 0.1}` the
 last 10 %), `skip`, `limit`.
@@ -123,8 +124,49 @@ NESTED: dict[str, type[_Clause]] = {
 SOURCES = ("file", "biographies", "digits", "mnist", "pythondocs")
 
 
-def check_source(spec: str | dict[str, Any] | Source, *, place: str = "data", kind: str | None = None) -> Source:
-    """Return the typed clause without reading any data.
+def check_source(spec: Any, *, place: str = "data", kind: str | None = None) -> list[Source]:
+    """Return the typed clauses without reading any data: one, or those of a list.
+
+    Args:
+        spec: a path, a mapping, or a list of them, as in the module's examples.
+        place: the recipe's file, line or field, for errors.
+        kind: where given, the rows must be able to be of that kind.
+
+    Raises:
+        Mistake: an unknown key, a value of the wrong type or range, no source or several, an empty list.
+    """
+    if not isinstance(spec, list):
+        return [_check_one(spec, place=place, kind=kind)]
+    if not spec:
+        raise Mistake(place, "is an empty list", "name at least one source")
+    return [_check_one(part, place=f"{place}.{number}", kind=kind) for number, part in enumerate(spec)]
+
+
+def guess_kind(spec: Any, *, folder: str | Path = ".", place: str = "data") -> str:
+    """Return the kind of a data clause's rows, seen from the source or from its columns (qa before chat before classes, images, text).
+
+    Raises:
+        Mistake: the file cannot be read, or its columns fit no kind.
+    """
+    source = check_source(spec, place=place)[0]
+    if source.file is None:
+        rows = source.biographies.rows if source.biographies is not None else None
+        return "text" if source.pythondocs is not None or rows == "statements" else "qa" if source.biographies is not None else "classes"
+    said: list[str] = []
+    for kind in ("qa", "chat", "classes", "images", "text"):
+        try:
+            read_rows(expand(source.file, Path(folder), place), kind=kind, columns=source.columns, place=place)
+        except Mistake as mistake:
+            said.append(str(mistake))
+        else:
+            return kind
+    if len(set(said)) == 1:  # every kind meets the same obstacle: the file itself
+        raise Mistake(place, said[0].removeprefix(f"{place}: ").rpartition("; ")[0], said[0].rpartition("; ")[2])
+    raise Mistake(source.file, "its columns fit no kind", "say --kind, and name the columns text, question and answer, messages, or label")
+
+
+def _check_one(spec: str | dict[str, Any] | Source, *, place: str, kind: str | None) -> Source:
+    """Return one typed clause.
 
     Args:
         spec: a path or a mapping, as in the module's examples.
@@ -158,11 +200,11 @@ def check_source(spec: str | dict[str, Any] | Source, *, place: str = "data", ki
     return source
 
 
-def load_rows(spec: str | dict[str, Any] | Source, *, kind: str, place: str = "data", folder: str | Path = ".") -> Dataset:
+def load_rows(spec: Any, *, kind: str, place: str = "data", folder: str | Path = ".") -> Dataset:
     """Load the rows of a data clause.
 
     Args:
-        spec: a path or a mapping, as in the module's examples.
+        spec: a path, a mapping, or a list of them, as in the module's examples.
         kind: text | qa | chat | classes | images.
         place: the recipe's file, line or field, for errors.
         folder: what relative paths start from, the recipe's folder.
@@ -170,7 +212,20 @@ def load_rows(spec: str | dict[str, Any] | Source, *, kind: str, place: str = "d
     Raises:
         Mistake: as `check_source` and `read_rows`; also where a filter leaves nothing.
     """
-    source = check_source(spec, place=place, kind=kind)
+    sources = check_source(spec, place=place, kind=kind)
+    if len(sources) == 1:
+        return _load_one(sources[0], kind, place, folder)
+    from datasets import concatenate_datasets
+
+    parts = [_load_one(source, kind, f"{place}.{number}", folder) for number, source in enumerate(sources)]
+    shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+    try:
+        return concatenate_datasets([part.select_columns(shared) for part in parts])
+    except (ValueError, TypeError) as error:
+        raise Mistake(place, f"the sources' columns differ in type ({error})", "give the shared columns one type") from error
+
+
+def _load_one(source: Source, kind: str, place: str, folder: str | Path) -> Dataset:
     rows = _rows_of(source, kind, place, Path(folder))
     for column, wanted in source.where.items():
         rows = _filtered(rows, column, wanted, keep=True, place=f"{place}.where")

@@ -135,7 +135,7 @@ def _modules_for(model: nn.Module, targets: Sequence[str] | None) -> list[str]:
 def _adaptable(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding | Conv1D)
+    return isinstance(module, nn.Linear | nn.Conv2d | Conv1D)
 
 
 def _ends(name: str, target: str) -> bool:

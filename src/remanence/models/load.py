@@ -71,7 +71,7 @@ def load_model(
         if place.startswith("desk:"):
             loaded = _from_desk(place, seed)
         elif place.startswith("config:"):
-            loaded = _from_config(place, trust_remote_code)
+            loaded = _from_config(place, wanted, trust_remote_code)
         elif Path(place).is_dir():
             loaded = _from_folder(Path(place), wanted, trust_remote_code)
         elif _FACTORY.fullmatch(place):
@@ -85,7 +85,7 @@ def load_model(
         for _, tensor in _distinct(loaded.model):  # not .to(dtype), which would round the rotary frequencies too
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(wanted)
-    _round_frequencies(loaded.model)
+    _aligned(loaded.model)
     loaded.model.to(device=device)
     loaded.model.eval()
     return loaded
@@ -168,14 +168,14 @@ def _from_desk(spec: str, seed: int) -> Loaded:
     return _as_loaded(spec, desk.build(name, seed))
 
 
-def _from_config(spec: str, trust: bool) -> Loaded:
+def _from_config(spec: str, dtype: torch.dtype | None, trust: bool) -> Loaded:
     path = Path(spec.removeprefix("config:"))
     if not path.exists():
         raise _no_folder(path)
     config = _config(path, trust)
     auto = _auto_classes(str(path), config)[0]
     folder = path if path.is_dir() else path.parent
-    model = auto.from_config(config, trust_remote_code=trust)
+    model = auto.from_config(config, dtype=dtype or torch.float32, trust_remote_code=trust)
     if not _has_processor(folder):
         return Loaded(model, None, spec)
     processor, notes = _processor(folder, model, config, trust)
@@ -312,16 +312,14 @@ def _as_loaded(spec: str, made: Any) -> Loaded:
 # ---- reading the parts ----
 
 
-def _round_frequencies(model: nn.Module) -> None:
-    """Keep rotary frequencies in single precision in a double model, as in one that was cast: else a saved model would compute differently."""
-    from transformers import PretrainedConfig
+def _aligned(model: nn.Module) -> None:
+    """Give weights that lie askew in a mapped file memory of their own.
 
-    for module in model.modules():
-        if "inv_freq" in module._non_persistent_buffers_set and isinstance(getattr(module, "config", None), PretrainedConfig):
-            fresh = dict(type(module)(module.config).named_buffers())  # type: ignore[call-arg]
-            for name, buffer in module.named_buffers():
-                if buffer.dtype == torch.float64:
-                    buffer.data = fresh[name].to(buffer.device)
+    Kernels may add up in another order on askew memory, so that a resumed run would part from one that was never stopped.
+    """
+    for _, tensor in _distinct(model):
+        if tensor.data_ptr() % 64:
+            tensor.data = tensor.data.clone()
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -453,7 +451,7 @@ def _write(model: nn.Module, folder: Path, final: Path, state: dict[str, Tensor]
             for config, name in zip(adapters, kept):
                 config.base_model_name_or_path = name
     elif isinstance(model, PreTrainedModel):
-        model.save_pretrained(str(folder), state_dict=state if is_sharded(model) else None)
+        model.save_pretrained(str(folder), state_dict=dict(state) if state and is_sharded(model) else None)  # it empties what it is given
     else:
         save_file(
             _own_memory(state.items() if state and is_sharded(model) else _distinct(model)), folder / WEIGHTS, metadata={"format": "pt"}

@@ -137,7 +137,7 @@ class Batches:
     """
 
     def __init__(self, rows: Dataset | Mapping[str, Tensor], size: int, *, seed: int = 0, shuffle: bool = True, pad: int = 0):
-        self.columns: dict[str, Tensor | Ragged | _Stored] = dict(rows) if isinstance(rows, Mapping) else _columns(rows)
+        self.columns: dict[str, Column] = dict(rows) if isinstance(rows, Mapping) else _columns(rows)
         self.count = len(next(iter(self.columns.values()))) if self.columns else 0
         if self.count == 0:
             raise Mistake("data", "the set is empty", "check the path and the filter")
@@ -176,7 +176,7 @@ class Batches:
         for name, column in self.columns.items():
             if isinstance(column, Ragged):
                 batch[name] = column.padded(rows, IGNORED if name == "labels" else self.pad)
-            elif isinstance(column, _Stored):
+            elif isinstance(column, _Stored | _Viewed):
                 batch[name] = column.take(rows)
             else:
                 batch[name] = column[torch.from_numpy(rows)]
@@ -255,15 +255,32 @@ class _Stored:
         return torch.from_numpy(np.ascontiguousarray(self._rows[rows][self._name]))
 
 
+class _Viewed:
+    """Images that are decoded and processed when their rows are taken (a set with a transform)."""
+
+    def __init__(self, rows: Dataset):
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def take(self, rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(self._rows[rows.tolist()]["pixel_values"])
+
+
+Column = Tensor | Ragged | _Stored | _Viewed
+
 _IN_MEMORY = 256 << 20  # bytes of a dense column that is kept as one tensor
 
 
-def _columns(rows: Dataset) -> dict[str, Tensor | Ragged | _Stored]:
+def _columns(rows: Dataset) -> dict[str, Column]:
     import pyarrow as pa
 
+    if rows.format["type"] == "custom":
+        return {"pixel_values": _Viewed(rows), "labels": torch.tensor(rows.with_format(None)["label"][:], dtype=torch.int64)}
     if rows._indices is not None:
         rows = rows.flatten_indices()
-    found: dict[str, Tensor | Ragged | _Stored] = {}
+    found: dict[str, Column] = {}
     for name in rows.column_names:
         column = rows.data.column(name)
         kind = column.type

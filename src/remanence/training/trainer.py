@@ -35,7 +35,18 @@ from remanence.training.checkpoint import (
     optimizer_state,
 )
 from remanence.training.losses import nll
-from remanence.training.processes import average_gradients, barrier, is_sharded, rank, shared_accelerator, sum_over_processes, world_size
+from remanence.training.processes import (
+    average_gradients,
+    barrier,
+    by_main,
+    gathered,
+    is_sharded,
+    keep_sharded,
+    rank,
+    shared_accelerator,
+    sum_over_processes,
+    world_size,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -174,7 +185,7 @@ class Trainer:
         history: the tasks before this event, without rows that were forgotten since (for methods that may look back: joint training, retraining).
         checkpoints: where to keep points of this event; `None` keeps none.
         record: takes (table, rows) for the ledger.
-        watch: called as `watch(model, step)` after every optimizer step, `step` counted over the event's stages.
+        watch: called as `watch(model, step)` after every optimizer step, `step` counted over the event's stages; `True` ends the stage.
         progress: draw a bar for whatever takes more than a second or two.
         accelerator: of Accelerate; by default this process's one.
     """
@@ -190,7 +201,7 @@ class Trainer:
         history: Sequence[Task] = (),
         checkpoints: Checkpoints | None = None,
         record: Recorder | None = None,
-        watch: Callable[[nn.Module, int], None] | None = None,
+        watch: Callable[[nn.Module, int], bool | None] | None = None,
         progress: bool = True,
         accelerator: Accelerator | None = None,
     ):
@@ -217,7 +228,8 @@ class Trainer:
         """Return the optimizer steps that the settings ask for on these batches."""
         if self.settings.steps is not None:
             return self.settings.steps
-        return max(1, math.ceil(self.settings.epochs * len(batches) / (self.settings.accumulate * world_size())))
+        pass_over = math.ceil(len(batches) / (self.settings.accumulate * world_size()))  # as many as one process with all of the batch takes
+        return max(1, math.ceil(self.settings.epochs * pass_over))
 
     def first_seen(self, batches: Batches, step: Step) -> np.ndarray:
         """Return the numbers of the rows that a step is the first of its stage to train on, over all micro-batches and processes, in their order.
@@ -259,7 +271,12 @@ class Trainer:
             self._only = before
 
     def gradient(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
-        """Return the mean gradient of a loss on one batch for every parameter in training, averaged over processes; `.grad` stays as it is."""
+        """Return the mean gradient of a loss over all processes' batches for every parameter in training; `.grad` stays as it is."""
+        sharded, world = is_sharded(model), world_size()
+        if sharded:
+            keep_sharded(model)
+        if world > 1:
+            share_denominators([batch], world)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         kept = [parameter.grad for _, parameter in trained]
         for _, parameter in trained:
@@ -267,7 +284,7 @@ class Trainer:
         with self._autocast():
             value = loss(model, batch.to(self.accelerator.device))
         value.backward()
-        if world_size() > 1 and not is_sharded(model):
+        if world > 1 and not sharded:
             average_gradients(parameter for _, parameter in trained)
         found = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for name, parameter in trained}
         for (_, parameter), grad in zip(trained, kept):
@@ -327,15 +344,20 @@ class Trainer:
         """
         settings, stage = self.settings, self._stage
         steps = steps if steps is not None else self.steps_for(batches)  # type: ignore[arg-type]
-        first, self._stage, self.steps_done = self.steps_done, stage + 1, self.steps_done + steps
+        first, self._stage = self.steps_done, stage + 1
         point = self._checkpoints.latest() if self._checkpoints else None
         if self._checkpoints and point and (ended := self._checkpoints.end_of(stage)):
-            self._restore(model, None, self._checkpoints.load(ended))
+            state = self._checkpoints.load(ended)
+            self._restore(model, None, state)
+            self.steps_done = state["steps_done"]
             return model
-        model.to(self.accelerator.device)
+        if is_sharded(model):
+            keep_sharded(model)
+        else:
+            model.to(self.accelerator.device)
         chosen = self._chosen(model, parameters)
         modes = [(module, module.training) for module in model.modules()]
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        flags = [parameter.requires_grad for parameter in model.parameters()]  # by place: sharding makes new parameters
         noise = _NoiseKept(self.accelerator.device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -346,23 +368,26 @@ class Trainer:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             descent = optimizer(trained) if optimizer else make_optimizer(settings, trained)
             if str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model):
-                model, descent = self.accelerator.prepare(model, descent)
+                model, wrapped = self.accelerator.prepare(model, descent)
+                descent = wrapped.optimizer
+                keep_sharded(model)
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             start = 0
             if self._checkpoints and point and point.stage == stage:
                 self._restore(model, descent, self._checkpoints.load(point))
                 start = point.step or 0
             rate = schedule or make_schedule(settings, steps)
-            self._loop(model, batches, loss, descent, rate, trained, range(start, steps), first, stage, after_backward, after_step)
+            done = self._loop(model, batches, loss, descent, rate, trained, range(start, steps), first, stage, after_backward, after_step)
             descent.zero_grad(set_to_none=True)
         finally:
             noise.restore()
             for module, training in modes:
                 module.training = training
-            for parameter, flag in flags:
+            for parameter, flag in zip(model.parameters(), flags, strict=True):
                 parameter.requires_grad_(flag)
             if settings.gradient_checkpointing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
+        self.steps_done = first + done
         self._save(model, None, stage, None)
         return model
 
@@ -379,7 +404,8 @@ class Trainer:
         stage: int,
         after_backward: Callback | None,
         after_step: Callback | None,
-    ) -> None:
+    ) -> int:
+        """Do the steps and return the number of the last one, counted from 1."""
         settings, world, device = self.settings, world_size(), self.accelerator.device
         parts, replicated = settings.accumulate, world > 1 and not is_sharded(model)
         base = [group["lr"] for group in descent.param_groups]
@@ -411,9 +437,9 @@ class Trainer:
                 enough = after_step is not None and after_step(model, step) is True
                 log.add(number, total, base[0] * multiplier, norm)
                 if self._watch is not None:
-                    self._watch(model, first + number + 1)
+                    enough = self._watch(model, first + number + 1) is True or enough
                 if enough:
-                    break
+                    return number + 1
                 if (
                     self._checkpoints
                     and self._checkpoints.every
@@ -422,6 +448,7 @@ class Trainer:
                 ):
                     log.flush()
                     self._save(model, descent, stage, number + 1)
+        return numbers.stop
 
     def _chosen(self, model: nn.Module, parameters: Iterable[str] | None) -> frozenset[str]:
         """Return the names of the parameters to train."""
@@ -449,14 +476,13 @@ class Trainer:
         """Write a checkpoint (every process gathers, the main one writes)."""
         if self._checkpoints is None:
             return
-        state: dict[str, Any] = {"model": model_state(model)}
+        state: dict[str, Any] = {"model": model_state(model), "steps_done": self.steps_done}
         if descent is not None:
             state["optimizer"] = optimizer_state(model, descent)
         if isinstance(self.owner, Stateful):
-            state["owner"] = self.owner.state_dict()
-        if self.is_main:
-            self._checkpoints.save(stage, step, state)
-        barrier()
+            state["owner"] = gathered(self.owner.state_dict())
+        kept = self._checkpoints
+        by_main(lambda: kept.save(stage, step, state))
 
     def _restore(self, model: nn.Module, descent: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
         load_model_state(model, state["model"])
@@ -475,7 +501,7 @@ def share_denominators(micro: list[Batch], pieces: int) -> None:
     counts = torch.tensor(
         [[sum(part.own_rows() for part in parts), sum(part.own_tokens() for part in parts)] for parts in columns], dtype=torch.float64
     )
-    sum_over_processes(counts)
+    counts = sum_over_processes(counts)
     for parts, (rows, tokens) in zip(columns, (counts / pieces).tolist()):
         for part in parts:
             part._rows, part._tokens = rows, tokens or 1.0
