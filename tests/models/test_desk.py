@@ -23,7 +23,9 @@ from remanence.training.batches import Batches
 from remanence.training.losses import nll
 from remanence.training.trainer import Trainer
 
-MICRO = desk.DeskSpec(people=8, attributes=2, templates=2, width=32, layers=2, heads=2, kv_heads=1, ffn=64, steps=300, batch_size=16, lr=1e-2)
+MICRO = desk.DeskSpec(
+    people=8, attributes=2, templates=2, width=32, layers=2, heads=2, kv_heads=1, ffn=64, steps=300, batch_size=16, lr=1e-2
+)
 TEXTUAL = dataclasses.replace(MICRO, text_characters=3_000, first_people=2, first_steps=2, steps=4)
 
 
@@ -208,7 +210,10 @@ def test_rows_of_like_length_share_a_batch_and_none_is_lost(tokenizer):
     sorted_ = desk._ByLength(plain, 2)
     cells = [sum(stream[index]["input_ids"].numel() for index in range(2)) for stream in (plain, sorted_)]
     assert cells[1] <= cells[0]
-    flat = [sorted(row[row != tokenizer.pad_token_id].tolist() for index in range(2) for row in stream[index]["input_ids"]) for stream in (plain, sorted_)]
+    flat = [
+        sorted(row[row != tokenizer.pad_token_id].tolist() for index in range(2) for row in stream[index]["input_ids"])
+        for stream in (plain, sorted_)
+    ]
     assert flat[0] == flat[1]
 
 

@@ -178,7 +178,14 @@ def content_hash(spec: DeskSpec, seed: int) -> str:
 
     parts = [json.dumps(dataclasses.asdict(spec), sort_keys=True), seed, remanence.__version__]
     parts += [inspect.getsource(module) for module in (sys.modules[__name__], biographies, encode, pythondocs)]
-    parts += [torch.__version__, transformers.__version__, tokenizers.__version__, platform.machine(), torch.backends.cpu.get_cpu_capability(), _threads()]
+    parts += [
+        torch.__version__,
+        transformers.__version__,
+        tokenizers.__version__,
+        platform.machine(),
+        torch.backends.cpu.get_cpu_capability(),
+        _threads(),
+    ]
     parts += [platform.python_version() if spec.text_characters else ""]  # the documentation is that of this Python
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]
 
