@@ -13,6 +13,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,7 @@ def run_recipe(
                 continue
             life.run(resume=resume)
             life.save(folder / "model")
-            by_main(lambda state=state: _clear(state))
+            by_main(partial(_clear, state))
         if report and main:
             from remanence.report.page import write_report
 

@@ -37,7 +37,6 @@ from remanence.training.checkpoint import (
 from remanence.training.losses import nll
 from remanence.training.processes import (
     average_gradients,
-    barrier,
     by_main,
     gathered,
     is_sharded,
@@ -228,7 +227,9 @@ class Trainer:
         """Return the optimizer steps that the settings ask for on these batches."""
         if self.settings.steps is not None:
             return self.settings.steps
-        pass_over = math.ceil(len(batches) / (self.settings.accumulate * world_size()))  # as many as one process with all of the batch takes
+        pass_over = math.ceil(
+            len(batches) / (self.settings.accumulate * world_size())
+        )  # as many as one process with all of the batch takes
         return max(1, math.ceil(self.settings.epochs * pass_over))
 
     def first_seen(self, batches: Batches, step: Step) -> np.ndarray:
@@ -351,9 +352,10 @@ class Trainer:
             self._restore(model, None, state)
             self.steps_done = state["steps_done"]
             return model
+        shard = str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model)
         if is_sharded(model):
             keep_sharded(model)
-        else:
+        elif not shard:  # what will be sharded may be too large for one device
             model.to(self.accelerator.device)
         chosen = self._chosen(model, parameters)
         modes = [(module, module.training) for module in model.modules()]
@@ -367,7 +369,7 @@ class Trainer:
                 model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             descent = optimizer(trained) if optimizer else make_optimizer(settings, trained)
-            if str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model):
+            if shard:
                 model, wrapped = self.accelerator.prepare(model, descent)
                 descent = wrapped.optimizer
                 keep_sharded(model)
