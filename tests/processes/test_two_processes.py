@@ -34,6 +34,7 @@ name: words
 model: lm
 learn: sequential
 training: {steps: 60, batch_size: 3, optimizer: sgd, lr: 0.05, momentum: 0.9, length: 64, log_every: 3, checkpoint_every: 4}
+measure: {probes: {qa: [loss]}}
 events:
   - {learn: lives, data: qa.jsonl, kind: qa}
 """
