@@ -59,7 +59,7 @@ def test_nodes_share_the_processes_and_meet_at_the_first() -> None:
     args = launched("several-nodes.yaml", "--machine_rank", "1", "--main_process_port", "29500")
     prepare_multi_gpu_env(args)
     assert (args.nnodes, args.nproc_per_node, args.node_rank, args.rdzv_backend) == ("2", "8", 1, "static")
-    assert (args.master_addr, args.master_port) == ("10.0.0.1", "29500")
+    assert args.rdzv_endpoint == "10.0.0.1:29500"
 
 
 def test_cpu_file_asks_for_processes_without_a_gpu() -> None:
