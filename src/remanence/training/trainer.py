@@ -227,7 +227,9 @@ class Trainer:
         """Return the optimizer steps that the settings ask for on these batches."""
         if self.settings.steps is not None:
             return self.settings.steps
-        pass_over = math.ceil(len(batches) / (self.settings.accumulate * world_size()))  # as many as one process with all of the batch takes
+        pass_over = math.ceil(
+            len(batches) / (self.settings.accumulate * world_size())
+        )  # as many as one process with all of the batch takes
         return max(1, math.ceil(self.settings.epochs * pass_over))
 
     def first_seen(self, batches: Batches, step: Step) -> np.ndarray:
