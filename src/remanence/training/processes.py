@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -52,6 +52,20 @@ def is_sharded(model: nn.Module) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def keep_sharded(model: nn.Module) -> None:
+    """Bring a sharded model to rest, and make it go back there after every forward pass; any other model is left as it is.
+
+    FSDP2 leaves the root's own parameters whole after a forward pass, as plain tensors that no optimizer holds. Methods look at weights
+    between passes (penalties, masks, anchors), so here a parameter is always its shard.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 def world_size() -> int:
@@ -129,6 +143,18 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             first += grad.numel()
 
 
+def exchanged(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of all processes in every process: the first of each in the order of ranks, then the second ones, and so on."""
+    own = iter(batches)
+    while True:
+        found: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(found, next(own, None))
+        present = [batch for batch in found if batch is not None]
+        if not present:
+            return
+        yield from present
+
+
 def whole(tensor: Tensor) -> Tensor:
     """Return a tensor, put together where it is sharded (then every process must call)."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -152,7 +178,7 @@ def laid_like(value: Tensor, parameter: Tensor) -> Tensor:
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def say_once(say: Callable[[], None]) -> None:

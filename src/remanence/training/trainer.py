@@ -41,6 +41,7 @@ from remanence.training.processes import (
     by_main,
     gathered,
     is_sharded,
+    keep_sharded,
     rank,
     shared_accelerator,
     sum_over_processes,
@@ -184,7 +185,7 @@ class Trainer:
         history: the tasks before this event, without rows that were forgotten since (for methods that may look back: joint training, retraining).
         checkpoints: where to keep points of this event; `None` keeps none.
         record: takes (table, rows) for the ledger.
-        watch: called as `watch(model, step)` after every optimizer step, `step` counted over the event's stages.
+        watch: called as `watch(model, step)` after every optimizer step, `step` counted over the event's stages; `True` ends the stage.
         progress: draw a bar for whatever takes more than a second or two.
         accelerator: of Accelerate; by default this process's one.
     """
@@ -200,7 +201,7 @@ class Trainer:
         history: Sequence[Task] = (),
         checkpoints: Checkpoints | None = None,
         record: Recorder | None = None,
-        watch: Callable[[nn.Module, int], None] | None = None,
+        watch: Callable[[nn.Module, int], bool | None] | None = None,
         progress: bool = True,
         accelerator: Accelerator | None = None,
     ):
@@ -272,7 +273,12 @@ class Trainer:
             self._only = before
 
     def gradient(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
-        """Return the mean gradient of a loss on one batch for every parameter in training, averaged over processes; `.grad` stays as it is."""
+        """Return the mean gradient of a loss over all processes' batches for every parameter in training; `.grad` stays as it is."""
+        sharded, world = is_sharded(model), world_size()
+        if sharded:
+            keep_sharded(model)
+        if world > 1:
+            share_denominators([batch], world)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         kept = [parameter.grad for _, parameter in trained]
         for _, parameter in trained:
@@ -280,7 +286,7 @@ class Trainer:
         with self._autocast():
             value = loss(model, batch.to(self.accelerator.device))
         value.backward()
-        if world_size() > 1 and not is_sharded(model):
+        if world > 1 and not sharded:
             average_gradients(parameter for _, parameter in trained)
         found = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for name, parameter in trained}
         for (_, parameter), grad in zip(trained, kept):
@@ -340,12 +346,17 @@ class Trainer:
         """
         settings, stage = self.settings, self._stage
         steps = steps if steps is not None else self.steps_for(batches)  # type: ignore[arg-type]
-        first, self._stage, self.steps_done = self.steps_done, stage + 1, self.steps_done + steps
+        first, self._stage = self.steps_done, stage + 1
         point = self._checkpoints.latest() if self._checkpoints else None
         if self._checkpoints and point and (ended := self._checkpoints.end_of(stage)):
-            self._restore(model, None, self._checkpoints.load(ended))
+            state = self._checkpoints.load(ended)
+            self._restore(model, None, state)
+            self.steps_done = state["steps_done"]
             return model
-        model.to(self.accelerator.device)
+        if is_sharded(model):
+            keep_sharded(model)
+        else:
+            model.to(self.accelerator.device)
         chosen = self._chosen(model, parameters)
         modes = [(module, module.training) for module in model.modules()]
         flags = [parameter.requires_grad for parameter in model.parameters()]  # by place: sharding makes new parameters
@@ -361,13 +372,14 @@ class Trainer:
             if str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model):
                 model, wrapped = self.accelerator.prepare(model, descent)
                 descent = wrapped.optimizer
+                keep_sharded(model)
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             start = 0
             if self._checkpoints and point and point.stage == stage:
                 self._restore(model, descent, self._checkpoints.load(point))
                 start = point.step or 0
             rate = schedule or make_schedule(settings, steps)
-            self._loop(model, batches, loss, descent, rate, trained, range(start, steps), first, stage, after_backward, after_step)
+            done = self._loop(model, batches, loss, descent, rate, trained, range(start, steps), first, stage, after_backward, after_step)
             descent.zero_grad(set_to_none=True)
         finally:
             noise.restore()
@@ -377,6 +389,7 @@ class Trainer:
                 parameter.requires_grad_(flag)
             if settings.gradient_checkpointing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
+        self.steps_done = first + done
         self._save(model, None, stage, None)
         return model
 
@@ -393,7 +406,8 @@ class Trainer:
         stage: int,
         after_backward: Callback | None,
         after_step: Callback | None,
-    ) -> None:
+    ) -> int:
+        """Do the steps and return the number of the last one, counted from 1."""
         settings, world, device = self.settings, world_size(), self.accelerator.device
         parts, replicated = settings.accumulate, world > 1 and not is_sharded(model)
         base = [group["lr"] for group in descent.param_groups]
@@ -425,9 +439,9 @@ class Trainer:
                 enough = after_step is not None and after_step(model, step) is True
                 log.add(number, total, base[0] * multiplier, norm)
                 if self._watch is not None:
-                    self._watch(model, first + number + 1)
+                    enough = self._watch(model, first + number + 1) is True or enough
                 if enough:
-                    break
+                    return number + 1
                 if (
                     self._checkpoints
                     and self._checkpoints.every
@@ -436,6 +450,7 @@ class Trainer:
                 ):
                     log.flush()
                     self._save(model, descent, stage, number + 1)
+        return numbers.stop
 
     def _chosen(self, model: nn.Module, parameters: Iterable[str] | None) -> frozenset[str]:
         """Return the names of the parameters to train."""
@@ -463,7 +478,7 @@ class Trainer:
         """Write a checkpoint (every process gathers, the main one writes)."""
         if self._checkpoints is None:
             return
-        state: dict[str, Any] = {"model": model_state(model)}
+        state: dict[str, Any] = {"model": model_state(model), "steps_done": self.steps_done}
         if descent is not None:
             state["optimizer"] = optimizer_state(model, descent)
         if isinstance(self.owner, Stateful):
