@@ -6,10 +6,12 @@ events with other methods, side by side in one ledger; an `oracle` life never se
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
@@ -356,25 +358,13 @@ def probes_for(
     Raises:
         Mistake: an unknown probe, one that cannot read the kind, an unknown argument or a wrong value.
     """
-    from remanence.catalogue import STANDARD_PROBES, entry
+    from remanence.catalogue import STANDARD_PROBES, build_probe
 
-    found = {}
-    for clause in clauses if clauses is not None else STANDARD_PROBES[kind]:
-        options = dict(clause) if isinstance(clause, dict) else {"probe": clause}
-        name = str(options.pop("probe", ""))
-        place = f"measure.probes.{kind}"
-        probe = entry(name, "measure", place).load()
-        known = {item.name: item for item in dataclasses.fields(probe) if item.init}
-        given = {key: value for key, value in defaults.items() if key in known} | options
-        if "kind" in known:
-            given["kind"] = kind
-        elif kind != "qa":  # TODO-KIND
-            raise Mistake(place, f"the probe '{name}' cannot read kind '{kind}'", f"choose among {', '.join(STANDARD_PROBES[kind])}")
-        stray = next((key for key in given if key not in known or key == "rows"), None)
-        if stray is not None:
-            raise Mistake(f"{place}.{name}", f"has no argument '{stray}'", nearest(str(stray), known.keys() - {"rows", "kind"}))
-        found[name] = _made(probe, rows, given, f"{place}.{name}")
-    return found
+    place = f"measure.probes.{kind}"
+    return dict(
+        build_probe(clause, rows, kind, defaults, f"{place}.{number}")
+        for number, clause in enumerate(clauses if clauses is not None else STANDARD_PROBES[kind])
+    )
 
 
 def _event_name(event: LearnEvent | ForgetEvent) -> str:
@@ -392,6 +382,77 @@ def _refuse_misfit(deeds: Iterable[Deed], model: Any, processor: Any) -> None:
             raise Mistake(f"event '{deed.event.name}'", f"the model {type(model).__name__} cannot read kind '{deed.event.kind}'", remedy)
         if words and processor is None:
             raise Mistake("model", "has no tokenizer", "add the tokenizer's files to its folder")
+
+
+def refuse_unreadable(deeds: Iterable[Deed], probes: Probes, model: Any, processor: Any) -> None:
+    """Encode every set as training and probes will, and refuse what the model cannot take, before anything is written. O(rows).
+
+    Raises:
+        Mistake: a row that is too long or has no answer, a label without an output, features of the wrong shape.
+    """
+    from remanence.data.encode import encode_rows
+    from remanence.stream import Task
+
+    for deed in deeds:
+        event = deed.event
+        sets = (
+            {"train": event.train}
+            if isinstance(event, Task)
+            else {part: event.sets[part] for part in ("forget", "retain") if part in event.sets}
+        )
+        for part, rows in sets.items():
+            with _placed(f"{part} rows of '{event.name}'"):
+                encoded = encode_rows(rows, event.kind, processor, length=deed.settings.length, template=deed.settings.template)
+                _refuse_unfit(encoded, event.kind, model)
+    measured: list[tuple[str, Any]] = [(subject, probe) for subject, named in probes.items() for probe in named.values()]
+    for subject, probe in measured:
+        rows, kind = getattr(probe, "rows", None), getattr(probe, "kind", "qa")
+        if rows is not None and hasattr(probe, "length"):
+            with _placed(f"measured rows of '{subject}'"):
+                encoded = encode_rows(rows, kind, processor, length=probe.length, template=probe.template)
+                _refuse_unfit(encoded, kind, model)
+
+
+@contextlib.contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """Put the set's name in front of a mistake's place."""
+    try:
+        yield
+    except Mistake as mistake:
+        raise Mistake(f"{place}, {mistake.place}" if mistake.place != "data" else place, mistake.problem, mistake.remedy) from mistake
+
+
+def _refuse_unfit(encoded: Dataset, kind: str, model: Any) -> None:
+    """Refuse a row beyond the model's positions; a shape that a classifier cannot take; a label that it has no output for."""
+    import numpy as np
+    import torch
+
+    from remanence.models.forward import evaluating, logits_of, unwrapped
+
+    if len(encoded) == 0:
+        raise Mistake("data", "no row has a token to learn", "give longer texts")
+    if kind not in ("classes", "images"):
+        positions = getattr(getattr(unwrapped(model), "config", None), "max_position_embeddings", None)
+        tables = [layer.num_embeddings for layer in model.modules() if isinstance(layer, torch.nn.Embedding)]
+        longest = max(map(len, encoded["input_ids"][:]))
+        if positions is not None and positions in tables[1:] and longest > positions:
+            raise Mistake("data", f"a row has {longest} tokens, the model {positions} positions", f"set length to {positions} or less")
+        return
+    labels = np.asarray(encoded["labels"][:])
+    first = torch.tensor(np.asarray(encoded[:1]["pixel_values"], np.float32))
+    weight = next(model.parameters())
+    try:
+        with evaluating(model):
+            outputs = logits_of(model, {"pixel_values": first.to(weight.device, weight.dtype)}).shape[-1]
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        shape = " x ".join(map(str, first.shape[1:]))
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise Mistake("data", f"the model {type(model).__name__} cannot read rows of {shape} ({reason})", "choose another model") from error
+    wrong = np.flatnonzero((labels < 0) | (labels >= outputs))
+    if len(wrong):
+        row = int(wrong[0])
+        remedy = "number the classes from 0, or choose a model with more outputs"
+        raise Mistake("data", f"row {row + 1} has the label {labels[row]}, the model has outputs 0 to {outputs - 1}", remedy)
 
 
 # YAML with lines.
