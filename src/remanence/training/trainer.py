@@ -37,7 +37,6 @@ from remanence.training.checkpoint import (
 from remanence.training.losses import nll
 from remanence.training.processes import (
     average_gradients,
-    barrier,
     by_main,
     gathered,
     is_sharded,
@@ -294,7 +293,7 @@ class Trainer:
         return found
 
     def over_rows(self, model: nn.Module, batches: Batches, function: Loss) -> Tensor:
-        """Return a function's value for every row, float64 (N,) in the order of the rows; processes share the work.
+        """Return a function's value for every row, float64 (N,) on the CPU in the order of the rows; processes share the work.
 
         The model is in evaluation mode, without gradients, in the settings' precision, and is left as it was.
 
@@ -311,7 +310,7 @@ class Trainer:
             for first in range(turn * size, batches.count, world * size):
                 rows = np.arange(first, min(first + size, batches.count))
                 found[first : first + len(rows)] = function(model, batches.take(rows).to(device)).to(found.dtype)
-        return found if world == 1 else sum_over_processes(found)
+        return (found if world == 1 else sum_over_processes(found)).cpu()
 
     # The loop.
 
