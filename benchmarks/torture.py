@@ -73,7 +73,9 @@ def run_here(recipe: Path, output: Path, resume: bool) -> None:
     from remanence.recipe import Recipe
     from remanence.runs import run_recipe
 
-    run_recipe(Recipe.load(recipe), output=output, resume=resume, progress=False, report=False)  # pages are made whole from the ledger alone
+    run_recipe(
+        Recipe.load(recipe), output=output, resume=resume, progress=False, report=False
+    )  # pages are made whole from the ledger alone
 
 
 def forked(work: Callable[[], None], patience: float | None = None) -> bool:

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from toy import toy_lm, toy_tokenizer
 
 from remanence.cli import main
 from remanence.models.load import save_model
+from toy import toy_lm, toy_tokenizer
 
 DIGITS = """\
 name: small
@@ -115,7 +115,10 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
         "a: &a [1,1,1,1,1,1,1,1,1,1]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdef", "bcdefg")),
         ("keys and items",),
     ),
-    "unknown key of the recipe": (DIGITS.replace("training", "trainin"), ("bad.yaml:3", "unknown key 'trainin'", "did you mean 'training'")),
+    "unknown key of the recipe": (
+        DIGITS.replace("training", "trainin"),
+        ("bad.yaml:3", "unknown key 'trainin'", "did you mean 'training'"),
+    ),
     "missing key": (DIGITS.replace("model: desk:mlp-digits\n", ""), ("bad.yaml", "'model' is missing")),
     "missing key of an event": (changed(DIGITS, events=event(data=None)), ("bad.yaml:7", "'events.0.data' is missing")),
     "unknown key of an event": (changed(DIGITS, events=event(tst=1)), ("'events.0.tst'", "did you mean 'test'")),
@@ -152,9 +155,15 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "a module that is not there": (changed(DIGITS, model="nowhere.at_all:make"), ("no module named 'nowhere'",)),
     "a kind that the model cannot read": (changed(QA, model="desk:mlp-digits"), ("cannot read kind 'qa'",)),
     "pictures for a language model": (changed(DIGITS, model="lm"), ("cannot read kind 'classes'",)),
-    "features of the wrong shape": (changed(DIGITS, events=event(data="narrow.jsonl")), ("train rows of 'one'", "an image is 3, the model takes 1 x 8 x 8")),
+    "features of the wrong shape": (
+        changed(DIGITS, events=event(data="narrow.jsonl")),
+        ("train rows of 'one'", "an image is 3, the model takes 1 x 8 x 8"),
+    ),
     "a label without an output": (changed(DIGITS, events=event(data="labels.jsonl")), ("row 2 has the label 12",)),
-    "missing data file": (changed(QA, events=[{"learn": "x", "kind": "qa", "data": "row.jsonl"}]), ("does not exist", "did you mean 'rows.jsonl'")),
+    "missing data file": (
+        changed(QA, events=[{"learn": "x", "kind": "qa", "data": "row.jsonl"}]),
+        ("does not exist", "did you mean 'rows.jsonl'"),
+    ),
     "malformed JSONL": (changed(QA, events=[{"learn": "x", "kind": "qa", "data": "broken.jsonl"}]), ("broken.jsonl:3", "is not JSON")),
     "an empty file": (changed(QA, events=[{"learn": "x", "kind": "qa", "data": "empty.jsonl"}]), ("the file is empty",)),
     "wrong column": (
@@ -164,7 +173,10 @@ RECIPES: dict[str, tuple[str, tuple[str, ...]]] = {
     "columns of another kind": (changed(QA, events=[{"learn": "x", "kind": "text", "data": "rows.jsonl"}]), ("text", "question, answer")),
     "unknown kind": (changed(QA, events=[{"learn": "x", "kind": "qna", "data": "rows.jsonl"}]), ("events.0.kind",)),
     "forget rows inside the retain rows": (qa_request(retain="rows.jsonl"), ("3 rows of the forget set stand in the retain set too",)),
-    "an answer longer than length": (changed(QA, training={"steps": 1, "length": 8}), ("train rows of 'one', row 0: has", "the longest allowed is 8")),
+    "an answer longer than length": (
+        changed(QA, training={"steps": 1, "length": 8}),
+        ("train rows of 'one', row 0: has", "the longest allowed is 8"),
+    ),
     "an empty answer": (changed(QA, events=[{"learn": "x", "kind": "qa", "data": "mute.jsonl"}]), ("row 1", "answer")),
     "a template without its places": (changed(QA, training={"template": "what"}), ("must hold {question}",)),
     "an oracle with nothing to learn": (
@@ -208,7 +220,10 @@ COMMANDS: dict[str, tuple[list[str], tuple[str, ...]]] = {
     "--set of an unknown key": (["run", "digits.yaml", "--set", "sed=1", "--output", "out"], ("unknown key 'sed'", "did you mean 'seed'")),
     "an output below a file": (["run", "digits.yaml", "--output", "rows.jsonl/out", "--quiet"], ("cannot be written",)),
     "an output that is a file": (["run", "digits.yaml", "--output", "rows.jsonl", "--quiet"], ("cannot be written",)),
-    "compare with an unknown method": (["compare", "digits.yaml", "--methods", "sequentail"], ("unknown method 'sequentail'", "sequential")),
+    "compare with an unknown method": (
+        ["compare", "digits.yaml", "--methods", "sequentail"],
+        ("unknown method 'sequentail'", "sequential"),
+    ),
     "compare with a method of the other verb": (["compare", "digits.yaml", "--methods", "npo"], ("no such event",)),
     "report on something else": (["report", "rows.jsonl"], ("rows.jsonl",)),
     "report on nothing": (["report", "none.sqlite"], ("there is no ledger here",)),
