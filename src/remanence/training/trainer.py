@@ -384,14 +384,14 @@ class Trainer:
         after_step: Callback | None,
     ) -> int:
         """Do the steps and return the number of the last one, counted from 1."""
-        settings, world, device = self.settings, world_size(), self.accelerator.device
+        settings, world, place, device = self.settings, world_size(), rank(), self.accelerator.device
         parts, replicated = settings.accumulate, world > 1 and not is_sharded(model)
         base = [group["lr"] for group in descent.param_groups]
         noise = derive(self.seed, "noise", stage) >> 1
         log = _Log(self, stage, numbers, first)
         with log:
             for number in numbers:
-                micro = [batches[(number * parts + part) * world + rank()] for part in range(parts)]
+                micro = [batches[(number * parts + part) * world + place] for part in range(parts)]
                 if parts * world > 1:
                     share_denominators(micro, parts * world)
                 multiplier = rate(number)
@@ -399,7 +399,7 @@ class Trainer:
                     group["lr"] = lr * multiplier
                 total: Tensor | float = 0.0
                 for part, batch in enumerate(micro):
-                    torch.manual_seed(noise + (number * parts + part) * world + rank())  # dropout is a function of the micro-batch's number
+                    seed_noise(noise + (number * parts + part) * world + place, device)  # dropout is a function of the micro-batch's number
                     with self._autocast():
                         value = loss(model, batch.to(device)) / parts
                     value.backward()
@@ -508,6 +508,13 @@ def make_schedule(settings: Settings, steps: int) -> Callable[[int], float]:
         return curve((number - warmup) / max(1.0, steps - warmup))
 
     return multiplier
+
+
+def seed_noise(seed: int, device: torch.device) -> None:
+    """Seed the global generators that layers draw from, of the CPU and of one device; `torch.manual_seed` would queue a call for every absent one."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 class _NoiseKept:
