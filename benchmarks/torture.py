@@ -187,7 +187,9 @@ def differences(reference: Path, output: Path) -> list[str]:
     return found
 
 
-def torture(folder: Path, *, recipe: str = RECIPE, times: int = 100, seed: int = 0, writes: int = 0, spawn: bool = False) -> tuple[int, int]:
+def torture(
+    folder: Path, *, recipe: str = RECIPE, times: int = 100, seed: int = 0, writes: int = 0, spawn: bool = False
+) -> tuple[int, int]:
     """Kill and resume again and again; print what did not survive; return (survived, tried)."""
     path = folder / "recipe.yaml"
     path.write_text(recipe, encoding="utf-8")
