@@ -88,6 +88,15 @@ ENTRIES: tuple[Entry, ...] = (
         "1612.00796",
     ),
     Entry(
+        "l2sp",
+        "learn",
+        "learn.l2sp:L2SP",
+        "parameter regularisation",
+        "Pull all weights back alike; the control for EWC.",
+        "Explicit Inductive Bias for Transfer Learning with Convolutional Networks, Li et al. 2018",
+        "1802.01483",
+    ),
+    Entry(
         "lwf",
         "learn",
         "learn.lwf:LwF",

@@ -22,6 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+_Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer may bring its own click
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, value in YAML; may be repeated.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the new model; must not exist yet.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random stream.")]
@@ -41,9 +42,19 @@ def main() -> None:
                 from remanence.training.processes import start_missing
 
                 start_missing()
-            app()
+            code = app(standalone_mode=False)
+        if code == 130:
+            raise KeyboardInterrupt
+        sys.exit(code if isinstance(code, int) else 0)
     except Mistake as mistake:
         _fail(str(mistake))
+    except _Usage as error:
+        context = getattr(error, "ctx", None)
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()
+            sys.exit(2)
+        command = context.command_path if context is not None else "remanence"
+        _fail(f"{command.replace('python -m ', '')}: {error.format_message().rstrip('.')}; see {command} --help")
     except KeyboardInterrupt:
         print("remanence: interrupted; go on with --resume", file=sys.stderr)
         sys.exit(130)
@@ -55,12 +66,15 @@ def main() -> None:
 
 
 def _fail(sentence: str) -> None:
-    if "WORLD_SIZE" in os.environ:
-        from remanence.training.processes import first_to_fail
+    def say() -> None:
+        print("remanence: " + " ".join(sentence.split()), file=sys.stderr, flush=True)
 
-        if not first_to_fail():
-            sys.exit(2)
-    print("remanence: " + " ".join(sentence.split()), file=sys.stderr)
+    if "WORLD_SIZE" in os.environ:
+        from remanence.training.processes import say_once
+
+        say_once(say)
+    else:
+        say()
     sys.exit(2)
 
 
@@ -376,19 +390,27 @@ def _serve(model: str, event: dict[str, Any], out: Path, changes: list[str], see
 
     from remanence.recipe import Recipe, _override
     from remanence.runs import run_recipe
+    from remanence.training.processes import by_main
 
-    if out.exists() and any(out.iterdir()):
-        raise Mistake(out, "is there already and not empty", "name another --out")
+    def begin() -> None:
+        if out.exists() and any(out.iterdir()):
+            raise Mistake(out, "is there already and not empty", "name another --out")
+
+    by_main(begin)
     tree: dict[str, Any] = {"name": out.name or "model", "model": model, "events": [event], "seed": seed}
     for change in changes:
         if change.startswith(("training.", "measure.")):
             _override(tree, change)
     recipe = Recipe.of(tree, place="options", folder=Path("."))
     place = run_recipe(recipe, output=out / "remanence", progress=not quiet)
-    for path in (place / "life" / "model").iterdir():
-        os.replace(path, out / path.name)
-    shutil.rmtree(place / "life")
-    print(out)
+
+    def finish() -> None:
+        for path in (place / "life" / "model").iterdir():
+            os.replace(path, out / path.name)
+        shutil.rmtree(place / "life")
+        print(out)
+
+    by_main(finish)
 
 
 def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -80,16 +80,18 @@ class Ledger:
             self._base = sqlite3.connect(str(path), isolation_level=None, timeout=10)
             self._base.row_factory = sqlite3.Row
             self._base.execute("PRAGMA journal_mode=WAL" if create else "PRAGMA query_only=ON")
-            self._base.execute("PRAGMA synchronous=NORMAL")
+            self._base.execute("PRAGMA synchronous=FULL")  # states are synced too, and removed on the word of the ledger
             self._prepare(create)
         except (sqlite3.Error, OSError) as error:
             raise Mistake(path, f"is not a usable ledger ({error})", "name another output or a ledger.sqlite that a run wrote") from error
 
     def _prepare(self, create: bool) -> None:
-        version = self._base.execute("PRAGMA user_version").fetchone()[0]
+        version = self._version()
         if version == 0 and create:
             with self.transaction():
-                if self._base.execute("PRAGMA user_version").fetchone()[0] == 0:  # another process may have been first
+                if self._base.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] and not self._version():
+                    raise Mistake(self.path, "is another program's database", "name another output")
+                if self._version() == 0:  # another process may have been first
                     for statement in SCHEMA.split(";"):
                         self._base.execute(statement)
                     self._base.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
@@ -98,20 +100,31 @@ class Ledger:
                 self.path, f"has schema version {version}, this program reads {SCHEMA_VERSION}", "open it with the version that wrote it"
             )
 
+    def _version(self) -> int:
+        return self._base.execute("PRAGMA user_version").fetchone()[0]
+
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
         """Group writes: all of them or none. Nested use joins the outer transaction."""
         if self._base.in_transaction:
             yield
             return
-        self._base.execute("BEGIN IMMEDIATE")
+        try:
+            self._base.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            raise self._unwritten(error) from error
         try:
             yield
             self._base.execute("COMMIT")
-        except BaseException:
+        except BaseException as error:
             with contextlib.suppress(sqlite3.Error):
                 self._base.execute("ROLLBACK")
+            if isinstance(error, sqlite3.OperationalError):  # at the end of a transaction at the latest: the disk is full
+                raise self._unwritten(error) from error
             raise
+
+    def _unwritten(self, error: sqlite3.Error) -> Mistake:
+        return Mistake(self.path, f"cannot be written ({error})", "free the disk or name another output, then go on with --resume")
 
     def write(self, table: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Append rows to a table in one transaction; rows whose key is there already are left as they are.
@@ -127,17 +140,19 @@ class Ledger:
         names = list(rows[0])
         marks = ", ".join("?" for _ in names)
         statement = f"INSERT INTO {table}({', '.join(names)}) VALUES({marks}) ON CONFLICT DO NOTHING"
-        try:
-            with self.transaction():
-                self._base.executemany(statement, ([_plain(row[name]) for name in names] for row in rows))
-        except sqlite3.OperationalError as error:
-            raise Mistake(
-                self.path, f"cannot be written ({error})", "free the disk or name another output, then go on with --resume"
-            ) from error
+        with self.transaction():
+            self._base.executemany(statement, ([_plain(row[name]) for name in names] for row in rows))
 
     def read(self, question: str, *values: Any) -> list[dict[str, Any]]:
-        """Return the rows of an SQL question as dicts."""
-        return [dict(row) for row in self._base.execute(question, values)]
+        """Return the rows of an SQL question as dicts.
+
+        Raises:
+            Mistake: the file is damaged, or held by another program.
+        """
+        try:
+            return [dict(row) for row in self._base.execute(question, values)]
+        except (sqlite3.OperationalError, sqlite3.DatabaseError) as error:
+            raise Mistake(self.path, f"cannot be read ({error})", "restore it, or name another ledger") from error
 
     def rows(self, table: str, run: str | None = None, *, clocks: bool = True) -> list[dict[str, Any]]:
         """Return a table's rows in key order, of one run or of all; `clocks=False` leaves out the wall-clock columns."""

@@ -23,7 +23,7 @@ from remanence.seeds import derive
 from remanence.storage import load_tree, save_tree, whole_folder
 from remanence.stream import Event, Forgetter, Learner, Moment, Probe, Remembering, Request, Scores, Stream, Task, keys_of
 from remanence.training.checkpoint import Checkpoints, model_state
-from remanence.training.processes import barrier, from_main, rank
+from remanence.training.processes import barrier, by_main, gathered, rank
 from remanence.training.trainer import Settings, Stateful, Trainer
 
 if TYPE_CHECKING:
@@ -157,11 +157,15 @@ class Life:
             "seconds": seconds,
             "at": at,
         }
-        if self.ledger is not None:
-            with self.ledger.transaction():
-                self._write("moved", self._moved(number, before))
-                self._write("events", [row])
-        barrier()
+        moved = self._moved(number, before)  # every process: the weights may be sharded
+
+        def write() -> None:
+            if self.ledger is not None:
+                with self.ledger.transaction():
+                    self._write("moved", moved)
+                    self._write("events", [row])
+
+        by_main(write)
         self._tidy(number)
         if self.progress and rank() == 0:
             self._tell(number, deed, trainer.steps_done, seconds, scores)
@@ -190,7 +194,7 @@ class Life:
     def _history(self, number: int) -> Sequence[Deed]:
         """Return the earlier deeds, tasks without the rows that requests took away since."""
         earlier = self.deeds[: number - 1]
-        return without_forgotten(earlier) if any(isinstance(deed.event, Request) for deed in earlier) else earlier
+        return without_forgotten(earlier, drop=True) if any(isinstance(deed.event, Request) for deed in earlier) else earlier
 
     def _erase(self, request: Request, trainer: Trainer) -> None:
         """Make every learner let go of the forgotten rows that it keeps."""
@@ -252,28 +256,46 @@ class Life:
 
     # Beginning, saving, resuming.
 
+    def lived(self) -> int | None:
+        """Return the number of events that the ledger holds as complete, `None` where it does not know this run.
+
+        Raises:
+            Mistake: the run was begun with another recipe.
+        """
+
+        def look() -> int | None:
+            known = self.ledger.read("SELECT settings FROM runs WHERE run = ?", self.run_id) if self.ledger is not None else []
+            if self.ledger is None or not known:
+                return None
+            done, remedy = self.ledger.done(self.run_id), "resume with the recipe that began it, or name another output"
+            if done > len(self.deeds):
+                raise Mistake("recipe", f"the ledger holds {done} events of this run, the recipe only {len(self.deeds)}", remedy)
+            key = differing(json.loads(known[0]["settings"]), self._settings(), self.name)
+            if key is not None:
+                raise Mistake("recipe", f"differs in '{key}' from the one that began the run '{self.run_id}'", remedy)
+            return done
+
+        return by_main(look)
+
+    def _settings(self) -> dict[str, Any]:
+        """Return what the ledger keeps of the run's settings, as it will be read back."""
+        return json.loads(json.dumps(self.description | {"oracle": self.oracle}))
+
     def _begin(self, resume: bool) -> int:
         """Write the run's row, or read the state behind the last complete event; return that event's number."""
         import torch
 
-        done, known = 0, False
-        if self.ledger is not None:
-            known = bool(self.ledger.read("SELECT 1 FROM runs WHERE run = ?", self.run_id))
-            done = self.ledger.done(self.run_id)
-        done, known = from_main((done, known))
-        if known and not resume:
+        lived = self.lived()
+        done = lived or 0
+        if lived is not None and not resume:
             raise Mistake(
                 self.ledger.path if self.ledger else "ledger",
                 f"the run '{self.run_id}' is here already",
                 "add --resume, or name another output",
             )
-        if done > len(self.deeds):
-            raise Mistake(
-                "recipe",
-                f"the ledger holds {done} events of this run, the recipe only {len(self.deeds)}",
-                "resume with the recipe that began it",
-            )
-        if not known:
+        if lived is None:
+            if self.folder and rank() == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)  # left by another run; gone before the ledger speaks of this one
             self._write(
                 "runs",
                 [
@@ -281,7 +303,7 @@ class Life:
                         "recipe": self.recipe,
                         "life": self.name,
                         "seed": self.seed,
-                        "settings": self.description | {"oracle": self.oracle},
+                        "settings": self._settings(),
                         "versions": versions(),
                         "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
                         "at": now(),
@@ -290,8 +312,6 @@ class Life:
             )
         if done:
             self._load_state(done)
-        elif self.folder and rank() == 0 and not known:
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)  # left by another run
         barrier()
         torch.manual_seed(derive(self.seed, "global"))  # nothing here draws from it; foreign code that does is at least repeatable
         return done
@@ -305,14 +325,16 @@ class Life:
             return
         from remanence.models.load import save_model
 
-        state = model_state(self.model)
-        if rank() == 0:
+        place, state, methods = self.folder, model_state(self.model), gathered([method.state_dict() for method in self._stateful])
+
+        def save() -> None:
             with whole_folder(self._state_folder(number)) as temporary:
                 save_model(self.model, self.processor, temporary / "model", state_dict=state)
-                save_tree(temporary / "methods.safetensors", [method.state_dict() for method in self._stateful])
+                save_tree(temporary / "methods.safetensors", methods)
             if self.keep_models:
-                shutil.copytree(self._state_folder(number) / "model", self.folder / "models" / f"event-{number:04d}", dirs_exist_ok=True)
-        barrier()
+                shutil.copytree(self._state_folder(number) / "model", place / "models" / f"event-{number:04d}", dirs_exist_ok=True)
+
+        by_main(save)
 
     def _load_state(self, number: int) -> None:
         from remanence.models.load import load_model
@@ -341,13 +363,35 @@ class Life:
         from remanence.models.load import save_model
 
         state = model_state(self.model)
-        if rank() == 0:
-            save_model(self.model, self.processor, folder, state_dict=state)
-        barrier()
+        by_main(lambda: save_model(self.model, self.processor, folder, state_dict=state))
 
 
-def without_forgotten(deeds: Sequence[Deed]) -> list[Deed]:
-    """Return the deeds with every request's rows taken out of the tasks before it, and requests that do nothing."""
+def differing(old: Any, new: Any, life: str) -> str | None:
+    """Return the dotted key of the first difference between two runs' settings that could change what a life does, `None` if there is none."""
+
+    def walk(one: Any, other: Any, path: tuple[str, ...]) -> str | None:
+        if path in (("recipe", "output"), ("recipe", "keep_models")) or (path[:2] == ("recipe", "lives") and path[2:] and path[2] != life):
+            return None
+        if isinstance(one, dict) and isinstance(other, dict):
+            keys = dict.fromkeys([*one, *other])
+            return next((found for key in keys if (found := walk(one.get(key), other.get(key), (*path, key)))), None)
+        if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+            return next((found for number, pair in enumerate(zip(one, other)) if (found := walk(*pair, (*path, str(number))))), None)
+        return None if json.dumps(one) == json.dumps(other) else ".".join(path[1:] if path[0] == "recipe" else path)
+
+    return walk(old, new, ())
+
+
+def without_forgotten(deeds: Sequence[Deed], *, drop: bool = False) -> list[Deed]:
+    """Return the deeds with every request's rows taken out of the tasks before it, and requests that do nothing.
+
+    Args:
+        deeds: in order.
+        drop: leave out a task that loses all of its rows.
+
+    Raises:
+        Mistake: a task loses all of its rows and `drop` is off.
+    """
     kept: list[Deed] = []
     for number, deed in enumerate(deeds):
         if isinstance(deed.event, Request):
@@ -360,6 +404,8 @@ def without_forgotten(deeds: Sequence[Deed]) -> list[Deed]:
             continue
         keys = keys_of(deed.event.train, deed.event.kind)
         rows = [row for row, key in enumerate(keys) if key not in gone]
+        if not rows and drop:
+            continue
         if not rows:
             raise Mistake(
                 f"task '{deed.event.name}'", "later requests forget all of it, so the oracle has nothing to learn", "split the task"

@@ -10,6 +10,7 @@ OUTPUT/report.html      made from the ledger alone
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from remanence.errors import Mistake
-from remanence.storage import write_text
+from remanence.storage import sweep, write_text
 
 if TYPE_CHECKING:
     from remanence.recipe import Recipe
@@ -68,7 +69,7 @@ def run_recipe(
     """
     from remanence.ledger import Ledger
     from remanence.life import without_forgotten
-    from remanence.training.processes import barrier, from_main, rank
+    from remanence.training.processes import by_main, from_main, rank
 
     place = output or recipe.place
     seed = recipe.seed if seed is None else seed
@@ -76,34 +77,47 @@ def run_recipe(
     first = recipe.life(names[0], seed=seed, progress=progress)  # reads all data and the model: what is wrong with them shows here
     if any(recipe.lives[name].oracle for name in names if name in recipe.lives):
         without_forgotten(first.deeds)
-    main = rank() == 0
-    with locked(place) if main else contextlib.nullcontext():
-        path = place / LEDGER
-        if from_main(path.exists()) and not resume:
-            raise Mistake(place, "holds a run already", "add --resume to go on, or name another --output")
-        ledger = Ledger(path) if main else None
-        try:
-            if main:
+    main, path = rank() == 0, place / LEDGER
+    ledger: Ledger | None = None  # the main process alone has one
+    with contextlib.ExitStack() as held:
+
+        def begin() -> None:
+            nonlocal ledger
+            held.enter_context(locked(place))
+            if path.exists() and not resume:
+                raise Mistake(place, "holds a run already", "add --resume to go on, or name another --output")
+            sweep(place)
+            for name in names:
+                sweep(place / name)
+                sweep(place / name / "work", below=True)
+            ledger = held.enter_context(Ledger(path))
+            if not ledger.read("SELECT 1 FROM runs LIMIT 1"):
                 write_text(place / "recipe.yaml", dump(recipe))
-            for number, name in enumerate(names):
-                folder = place / name
-                life = first if number == 0 else recipe.life(name, seed=seed, progress=progress)
-                life.ledger, life.folder = ledger, folder / "work" / f"seed-{seed}"
-                if from_main(ledger is not None and ledger.done(life.run_id) == len(life.deeds)) and (folder / "model").is_dir():
-                    continue
-                life.run(resume=resume)
-                life.save(folder / "model")
-                if main:
-                    shutil.rmtree(folder / "work", ignore_errors=True)
-                barrier()
-        finally:
-            if ledger is not None:
-                ledger.close()
+
+        by_main(begin)
+        for number, name in enumerate(names):
+            folder, state = place / name, place / name / "work" / f"seed-{seed}"
+            life = first if number == 0 else recipe.life(name, seed=seed, progress=progress)
+            life.ledger, life.folder = ledger, state
+            if life.lived() == len(life.deeds) and from_main((folder / "model").is_dir() and not state.exists()):
+                continue
+            life.run(resume=resume)
+            life.save(folder / "model")
+            by_main(functools.partial(_clear, state))
         if report and main:
             from remanence.report.page import write_report
 
             write_report([path], place / "report.html")
     return place
+
+
+def _clear(state: Path) -> None:
+    """Remove the state of a life whose model is saved: in one instant, because its absence says that the model is this run's."""
+    gone = state.with_name(f".{state.name}.done.old")
+    os.replace(state, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+    with contextlib.suppress(OSError):  # another seed's state is there
+        state.parent.rmdir()
 
 
 def dump(recipe: Recipe) -> str:

@@ -41,11 +41,36 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
-        raise Mistake(path, f"cannot be written ({error.strerror or error})", "free the disk or name another output") from error
+    except Exception as error:
+        _refuse(path, error)
+        raise
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _refuse(path: Path, error: Exception) -> None:
+    """Raise the Mistake behind an error of the disk."""
+    from safetensors import SafetensorError
+
+    if isinstance(error, OSError | SafetensorError):  # the writer of safetensors wraps the system's errors in its own
+        reason = getattr(error, "strerror", None) or error
+        raise Mistake(path, f"cannot be written ({reason})", "free the disk or name another output") from error
+
+
+def sweep(folder: str | Path, *, below: bool = False) -> None:
+    """Remove what killed writers left in a folder that no one else writes to (or anywhere below it); put back a folder that was being replaced."""
+    find = Path(folder).rglob if below else Path(folder).glob
+    for old in list(find(".*.old")):
+        place = old.with_name(old.name[1:].rsplit(".", 2)[0])
+        if (old / "old").exists() and not place.exists():  # killed between the two renames
+            os.replace(old / "old", place)
+        shutil.rmtree(old, ignore_errors=True)
+    for part in list(find(".*.part")):
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -68,14 +93,20 @@ def whole_folder(path: str | Path) -> Iterator[Path]:
             _sync(Path(folder))
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
-            os.replace(path, old / "old")  # two renames: a kill between them leaves both copies on disk
-            os.replace(temporary, path)
-            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old / "old")  # two renames: a kill between them leaves both copies, `sweep` puts the old one back
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(old / "old", path)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, path)
         _sync(path.parent)
-    except OSError as error:
-        raise Mistake(path, f"cannot be written ({error.strerror or error})", "free the disk or name another output") from error
+    except Exception as error:
+        _refuse(path, error)
+        raise
     finally:
         if temporary is not None and temporary.exists():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -142,11 +173,13 @@ def load_tree(path: str | Path) -> Any:
             if _STRUCTURE not in metadata:
                 raise Mistake(path, "is not a saved state of this product", "point to a folder that a run wrote")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return _rebuild(json.loads(metadata[_STRUCTURE]), tensors)
     except FileNotFoundError as error:
         raise Mistake(path, "does not exist", "start the run without --resume") from error
-    except SafetensorError as error:
+    except OSError as error:
+        raise Mistake(path, f"cannot be read ({error.strerror or error})", "check its permissions") from error
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Mistake(path, f"is damaged ({error})", "remove it and resume from the checkpoint before it") from error
-    return _rebuild(json.loads(metadata[_STRUCTURE]), tensors)
 
 
 def digest_tensors(named: Any) -> str:

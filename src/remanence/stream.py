@@ -119,7 +119,7 @@ def keys_of(rows: Dataset, kind: str) -> list[Any]:
     import pickle  # only to make a key of arrays and images; nothing is ever loaded with it
 
     plain = rows.with_format(None)
-    columns = [plain[name] for name in COLUMNS[kind]]
+    columns = [plain[name][:] for name in COLUMNS[kind]]  # all rows at once, not one by one
     if kind in ("text", "qa"):
         return list(zip(*columns))
     return [pickle.dumps(row) for row in zip(*columns)]

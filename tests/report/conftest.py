@@ -1,4 +1,4 @@
-"""A ledger of two lives, three seeds each, and an oracle: six events, two of them requests, with closed-form scores that a test can recompute from the rows."""
+"""A ledger of two lives and an oracle: six events, two of them requests, with scores in closed form and a little noise."""
 
 import math
 from pathlib import Path
@@ -48,7 +48,7 @@ def truth(life: str, subject: str, event: int, part_of_event: float) -> float:
     return known * (1 - min(harm, 0.9) * done)
 
 
-def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)) -> Path:
+def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3), every=12) -> Path:
     """Write the ledger."""
     subjects = ["start-people", *TASKS, *(f"{name}/{part}" for name in REQUESTS for part in ("forget", "retain", "neighbours", "holdout"))]
     with Ledger(path) as ledger:
@@ -59,8 +59,21 @@ def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)
                 run = f"{life}-{seed}"
                 noise = numpy_generator(seed, life, "synthetic")
                 settings = {"model": {"name": "people-1m"}, "probe_every": 12, "rate": 0.0005} | ({"oracle": True} if oracle else {})
-                ledger.write("runs", [{"run": run, "recipe": "recipes/quick.yaml", "life": life, "seed": seed, "settings": settings, "parameters": 1_048_576,
-                                       "versions": {"remanence": "0.1.0", "torch": "2.13.0", "python": "3.11.2"}, "at": 1.76e9 + seed}])  # fmt: skip
+                ledger.write(
+                    "runs",
+                    [
+                        {
+                            "run": run,
+                            "recipe": "recipes/quick.yaml",
+                            "life": life,
+                            "seed": seed,
+                            "settings": settings,
+                            "parameters": 1_048_576,
+                            "versions": {"remanence": "0.1.0", "torch": "2.13.0", "python": "3.11.2"},
+                            "at": 1.76e9 + seed,
+                        }
+                    ],
+                )
                 scores, steps, moved, items = [], [], [], []
                 place = {name: number for number, (name, *_) in enumerate(EVENTS, 1)}
 
@@ -110,7 +123,7 @@ def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)
                                 "value": value,
                             }
                         )
-                    for step in range(12 if count > 12 else 4, count, 12 if count > 12 else 4):
+                    for step in range(min(every, count // 3), count, min(every, count // 3)):
                         probe(number, step, step / count)
                     probe(number, END, 1.0)
                     for layer in (None, 0, 1, 2, 3):
@@ -118,8 +131,18 @@ def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)
                             size = {"attention": 65536, "ffn": 131072, "norm": 256, "embedding": 524288, "head": 524288}[role]
                             change = abs(noise.standard_normal()) * 0.02 * (1 + (layer or 0))
                             half = verb == "forget" and life == "replay" and layer is not None and layer < 2
-                            moved.append({"run": run, "event": number, "weight": f"{role}.{layer}", "role": role, "layer": layer, "size": size,
-                                          "changed": 0 if half else size, "relative": 0.0 if half else change})  # fmt: skip
+                            moved.append(
+                                {
+                                    "run": run,
+                                    "event": number,
+                                    "weight": f"{role}.{layer}",
+                                    "role": role,
+                                    "layer": layer,
+                                    "size": size,
+                                    "changed": 0 if half else size,
+                                    "relative": 0.0 if half else change,
+                                }
+                            )
                     items.append(
                         {
                             "run": run,
@@ -133,8 +156,26 @@ def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)
                     )
                     method = METHODS[life][verb == "forget"]
                     extra = {"rate": 0.001, "epochs": 3} | ({"beta": 0.1} if verb == "forget" else {})
-                    ledger.write("events", [{"run": run, "event": number, "name": name, "verb": verb, "kind": kind, "method": method, "settings": extra, "rows": rows,
-                                             "steps": count, "weights_before": "a" * 64, "weights_after": "b" * 64, "seconds": count * 0.05, "at": 1.76e9}])  # fmt: skip
+                    ledger.write(
+                        "events",
+                        [
+                            {
+                                "run": run,
+                                "event": number,
+                                "name": name,
+                                "verb": verb,
+                                "kind": kind,
+                                "method": method,
+                                "settings": extra,
+                                "rows": rows,
+                                "steps": count,
+                                "weights_before": "a" * 64,
+                                "weights_after": "b" * 64,
+                                "seconds": count * 0.05,
+                                "at": 1.76e9,
+                            }
+                        ],
+                    )
                 for table, found in {"scores": scores, "steps": steps, "moved": moved, "items": items}.items():
                     ledger.write(table, found)
     return path
@@ -144,3 +185,9 @@ def build(path: Path, lives=("plain", "replay", "never-saw-it"), seeds=(1, 2, 3)
 def ledger_path(tmp_path_factory):
     """A ledger with two lives of three seeds and an oracle."""
     return build(tmp_path_factory.mktemp("ledger") / "ledger.sqlite")
+
+
+@pytest.fixture(scope="session")
+def small_ledger_path(tmp_path_factory):
+    """The same with one seed per life and few probes inside the events, for tests that make many pages."""
+    return build(tmp_path_factory.mktemp("small") / "ledger.sqlite", seeds=(2,), every=60)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
@@ -26,16 +27,21 @@ def digits(part: str = "train", classes: Iterable[int] | None = None) -> Dataset
     """
     if part not in PARTS:
         raise Mistake("digits", f"no part '{part}'", nearest(part, PARTS))
+    images, labels, rows = _part(part)
+    rows = rows[in_classes("digits", labels[rows], classes)]
+    return image_rows(images[rows].reshape(-1, 8, 8) / 16, labels[rows])
+
+
+@functools.cache
+def _part(part: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return all images, all labels, and the numbers of the rows of one part; a recipe asks for them once per source."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     images, labels = load_digits(return_X_y=True)
-    rows = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=derive("digits", "split") % 2**32)[
-        PARTS.index(part)
-    ]
-    rows = np.sort(rows)
-    rows = rows[in_classes("digits", labels[rows], classes)]
-    return image_rows(images[rows].reshape(-1, 8, 8) / 16, labels[rows])
+    seed = derive("digits", "split") % 2**32
+    parts = train_test_split(np.arange(len(labels)), test_size=0.2, stratify=labels, random_state=seed)
+    return images, labels, np.sort(parts[PARTS.index(part)])
 
 
 def in_classes(place: str, labels: np.ndarray, classes: Iterable[int] | None) -> np.ndarray:

@@ -33,7 +33,7 @@ from remanence.errors import Mistake
 from remanence.models.forward import evaluating, logits_of
 from remanence.seeds import derive
 from remanence.stream import Request, Task
-from remanence.training.batches import Batch, Draws, Zip
+from remanence.training.batches import Batch, Draws, Numbered, Zip
 from remanence.training.losses import nll
 from remanence.training.memory import ReservoirMemory, groups, stored_logits
 from remanence.training.trainer import Step, Trainer
@@ -80,7 +80,7 @@ class DERpp:
         kept.logits_span = span
         new, number = trainer.batches(task.train, task.kind), self.tasks
         size = self.batch_size or new.size
-        streams = {"new": new}
+        streams: dict[str, Numbered] = {"new": new}
         if self.alpha:
             streams["dark"] = Draws(kept, size, seed=derive(trainer.seed, "memory", "logits"))
         if self.beta:

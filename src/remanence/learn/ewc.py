@@ -28,10 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from remanence.errors import Mistake, nearest
+from remanence.models.forward import logits_of
 from remanence.stream import Task
 from remanence.training.batches import Batch
 from remanence.training.fisher import DEFINITIONS, Fisher, diagonal_fisher
 from remanence.training.losses import nll
+from remanence.training.memory import with_mask
 from remanence.training.processes import rank, sum_over_processes, world_size
 from remanence.training.trainer import Trainer
 
@@ -96,14 +98,28 @@ class EWC:
 
     def _fisher(self, model: nn.Module, task: Task, trainer: Trainer) -> Fisher:
         """Estimate the Fisher on rows in a drawn order; each process takes its share of the batches."""
-        rows = task.train.select(range(len(task.train)))
+        rows = task.train
         if self.rows is not None and self.rows < len(rows):
             rows = rows.select(torch.randperm(len(rows), generator=trainer.generator("fisher rows"))[: self.rows].tolist())
-        batches = islice(trainer.batches(rows, task.kind, shuffle=False), rank(), None, world_size())
+        mine = islice(trainer.batches(rows, task.kind, shuffle=False), rank(), None, world_size())
+        batches = map(with_mask, mine)  # without a mask some families look for padding in the ids, which vmap cannot do
         generator = trainer.generator("fisher labels", rank())
-        return diagonal_fisher(
-            model, batches, definition=self.definition, generator=generator, reduce_sum=sum_over_processes if world_size() > 1 else None
-        )
+        reduce_sum = sum_over_processes if world_size() > 1 else None
+        found = diagonal_fisher(ByName(model), batches, definition=self.definition, generator=generator, reduce_sum=reduce_sum)
+        plain = {name.removeprefix("model."): value for name, value in found.items()}
+        return Fisher(plain, definition=found.definition, row=found.row, reduce=found.reduce, count=found.count)
+
+
+class ByName(nn.Module):
+    """Call any model by the names of a batch's columns, as `diagonal_fisher` does."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """Return the logits."""
+        return logits_of(self.model, batch)
 
 
 def quadratic(model: nn.Module, fisher: dict[str, Tensor], anchor: dict[str, Tensor]) -> Tensor:
@@ -119,7 +135,5 @@ def quadratic(model: nn.Module, fisher: dict[str, Tensor], anchor: dict[str, Ten
 
 def decayed(old: dict[str, Tensor], new: dict[str, Tensor], gamma: float) -> dict[str, Tensor]:
     """Return gamma F + F_t; a weight that only one of them knows keeps what it has."""
-    return {
-        name: gamma * old[name].to(new[name].device) + new[name] if name in old and name in new else new.get(name, gamma * old.get(name, 0))
-        for name in {**old, **new}
-    }
+    faded = {name: gamma * value for name, value in old.items()}
+    return faded | {name: value + faded[name].to(value.device) if name in faded else value for name, value in new.items()}

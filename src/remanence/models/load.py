@@ -451,7 +451,7 @@ def _write(model: nn.Module, folder: Path, final: Path, state: dict[str, Tensor]
             for config, name in zip(adapters, kept):
                 config.base_model_name_or_path = name
     elif isinstance(model, PreTrainedModel):
-        model.save_pretrained(str(folder), state_dict=state if is_sharded(model) else None)
+        model.save_pretrained(str(folder), state_dict=dict(state) if state and is_sharded(model) else None)  # it empties what it is given
     else:
         save_file(
             _own_memory(state.items() if state and is_sharded(model) else _distinct(model)), folder / WEIGHTS, metadata={"format": "pt"}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup, escape
 
-LETTER = 6.1  # mean width of a letter at 11 px, with room to spare
+LETTER = 7.2  # mean width in px of a letter at 11 px in a wide typeface
 POINTS = 400  # a curve is thinned to at most this many points; the data beside the page holds all
 
 
@@ -20,7 +20,7 @@ class Line:
     """One curve: points (x, mean, half) in data units, `None` where there is no number; `ends` marks the points after an event."""
 
     name: str
-    label: str
+    last: str  # its last score in words, written after the name
     shade: str  # CSS class of its colour
     points: Sequence[tuple[float, float | None, float | None]]
     ends: Sequence[bool]
@@ -30,7 +30,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Timeline:
-    """Cumulative steps to a share of the axis. An event takes its share of the steps, but never less than `floor` of the longest life, so that it is seen."""
+    """Cumulative steps to a share of the axis.
+
+    An event takes its share of the steps, but never less than `floor` of the longest life, so that it is seen.
+    """
 
     steps: tuple[float, ...]  # boundaries in cumulative steps
     places: tuple[float, ...]  # boundaries in shares of the axis, 0 to 1
@@ -74,7 +77,10 @@ def tick_text(value: float, share: bool) -> str:
 
 
 def spaced(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move places apart until neighbours stand at least `gap` from each other inside [low, high] (as far as they fit), keeping their order. O(n log n)."""
+    """Move places apart until neighbours stand at least `gap` from each other inside [low, high], as far as they fit; O(n log n).
+
+    Their order stays.
+    """
     order = np.argsort(np.asarray(places, dtype=np.float64), kind="stable")
     gap = min(gap, (high - low) / max(len(places) - 1, 1))
     moved = np.asarray(places, dtype=np.float64)[order]
@@ -100,6 +106,7 @@ def curves(
     width: int,
     title: str,
     at: Sequence[Sequence[float]],
+    letters: int,
 ) -> Markup:
     """Draw retention curves with a band per event; names and last values stand at the lines' ends.
 
@@ -111,12 +118,12 @@ def curves(
         width: of the drawing, in px; the height follows from the number of labels.
         title: what a screen reader says.
         at: per line, the place (0 to 1) of each of its points on the shared axis.
+        letters: length of the longest label in all charts that share this axis.
     """
     marks = ticks(scale["low"], scale["high"], scale["share"])
     low, high = marks[0], marks[-1]
-    longest = max((len(line.label) for line in lines), default=0)
-    limit = int((width * 0.36) / LETTER)
-    right = min(longest, limit) * LETTER + 26
+    limit = int(width * 0.4 / LETTER)
+    right = min(letters, limit) * LETTER + 24
     left, top, bottom = 36, 22, 20
     height = max(210, 15 * len(lines) + top + bottom + 10)
     inner_w, inner_h = width - left - right, height - top - bottom
@@ -125,7 +132,7 @@ def curves(
         return left + inner_w * place
 
     def py(value: float) -> float:
-        return top + inner_h * (1 - (value - low) / ((high - low) or 1))
+        return top + inner_h * (1 - (min(max(value, low), high) - low) / ((high - low) or 1))
 
     out = [f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}">']
     for number, event in enumerate(events):
@@ -139,7 +146,7 @@ def curves(
         out.append(f'<rect class="cap {verb}" x="{x0 + 1:.1f}" y="{top - 18}" width="{max(x1 - x0 - 2, 1):.1f}" height="15" rx="3"/>')
         room = int((x1 - x0 - 8) / LETTER)
         words = f"{event['event']} {event['name']}"
-        words = words if len(words) <= room else (cut(words, room) if room >= 8 else str(event["event"]))
+        words = words if len(words) <= room else (cut(words, room) if room >= 11 else str(event["event"]))
         out.append(f'<text class="cap {verb}" x="{(x0 + x1) / 2:.1f}" y="{top - 7}" text-anchor="middle">{escape(words)}</text></g>')
     for mark in marks:
         out.append(f'<line class="grid" x1="{left}" x2="{left + inner_w:.1f}" y1="{py(mark):.1f}" y2="{py(mark):.1f}"/>')
@@ -175,11 +182,11 @@ def curves(
     edge = left + inner_w
     for (x, y, line), place in zip(ends, spaced([y for _, y, _ in ends], 14, top + 4, height - bottom)):
         out.append(
-            f'<path class="leader {line.shade}" d="M{x:.1f} {y:.1f} L{max(x, edge) + 4:.1f} {y:.1f} L{edge + 14:.1f} {place:.1f} L{edge + 18:.1f} {place:.1f}"/>'
+            f'<path class="leader {line.shade}" d="M{x:.1f} {y:.1f} L{max(x, edge) + 4:.1f} {y:.1f} '
+            f'L{edge + 14:.1f} {place:.1f} L{edge + 18:.1f} {place:.1f}"/>'
         )
-        out.append(
-            f'<text class="name" x="{edge + 21:.1f}" y="{place + 3.8:.1f}">{escape(cut(line.label, limit))}<title>{escape(line.name)}</title></text>'
-        )
+        words = f"{cut(line.name, limit - len(line.last) - 1)} {line.last}"
+        out.append(f'<text class="name" x="{edge + 21:.1f}" y="{place + 3.8:.1f}">{escape(words)}<title>{escape(line.name)}</title></text>')
     out.append("</svg>")
     return Markup("".join(out))
 
@@ -215,7 +222,8 @@ def sparkline(points: Sequence[dict[str, Any]], title: str, width: int = 150, he
     y = height - 4 - (means - low) / ((high - low) or 1) * (height - 8)
     fine = np.isfinite(y)
     out = [
-        f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}"><title>{escape(title)}</title>'
+        f'<svg class="spark" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" aria-label="{escape(title)}">'
+        f"<title>{escape(title)}</title>"
     ]
     for before, (number, point) in pairwise(enumerate(points)):
         if before[1]["stage"] != point["stage"]:

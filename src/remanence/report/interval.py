@@ -9,8 +9,8 @@ from jaxtyping import Float
 def t_interval(values: Float[np.ndarray, "... seeds"], level: float = 0.95) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
     """Return the mean over the last axis and the half-width of its t-interval.
 
-    Missing seeds are NaN and count for nothing. The half-width is `t(level, n - 1) * s / sqrt(n)` with the sample standard deviation `s` (Student 1908); it is
-    NaN where fewer than two seeds are present, and so is the mean where there is none. O(values).
+    Missing seeds are NaN and count for nothing. The half-width is `t(level, n - 1) * s / sqrt(n)` with the sample standard deviation `s`
+    (Student 1908); it is NaN where fewer than two seeds are present, and so is the mean where there is none. O(values).
 
     Args:
         values: one number per seed on the last axis, in any unit.

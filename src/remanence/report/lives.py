@@ -49,9 +49,10 @@ class Series:
     def at_end(self, *, before: int | None = None, of: int | None = None) -> Float[np.ndarray, "seeds"]:
         """Return the last score at the end of an event (before event `before`; of event `of`), NaN where there is none."""
         picked = [
-            row for row, (event, step) in enumerate(self.moments)
+            row
+            for row, (event, step) in enumerate(self.moments)
             if step == END and (before is None or event < before) and (of is None or event == of)
-        ]  # fmt: skip
+        ]
         if not picked and before is None and of is None and self.moments:
             picked = [len(self.moments) - 1]  # a life that was cut off inside its first event
         return self.values[picked[-1]] if picked else np.full(self.values.shape[1], np.nan)
@@ -100,15 +101,22 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
                 run, settings = row["run"], _loads(row["settings"])
                 found.append(
                     Run(
-                        ledger=str(path), run=run, recipe=row["recipe"], life=row["life"], seed=row["seed"], settings=settings,
+                        ledger=str(path),
+                        run=run,
+                        recipe=row["recipe"],
+                        life=row["life"],
+                        seed=row["seed"],
+                        settings=settings,
                         oracle=isinstance(settings, dict) and settings.get("oracle") is True,
-                        versions=_loads(row["versions"]), parameters=row["parameters"], at=row["at"],
+                        versions=_loads(row["versions"]),
+                        parameters=row["parameters"],
+                        at=row["at"],
                         events=[{**event, "settings": _loads(event["settings"])} for event in ledger.rows("events", run)],
                         scores=ledger.rows("scores", run),
                         losses=ledger.read("SELECT event, stage, step, value FROM steps WHERE run = ? AND metric = 'loss'", run),
                         moved=ledger.rows("moved", run),
                     )
-                )  # fmt: skip
+                )
     if not found:
         raise Mistake(", ".join(str(path) for path in paths), "no run is recorded here", "run a recipe first with `remanence run`")
     return found

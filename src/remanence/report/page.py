@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,10 @@ from remanence.storage import whole_folder, write_text
 
 FORMATS = ("html", "md", "json")
 WIDE, NARROW = 1136, 330  # px of a full row on a desk and on a phone
+FIRST = 0.42  # share of the row that the first of three panels takes
 PART_SHADES = {"forget": "erase", "retain": "c0", "neighbours": "c2", "holdout": "quiet"}
+# heat from which a cell's number takes the other ink: with the colours of page.css.jinja every cell has a contrast of at least 4.5 to 1
+FLIP = 65
 SHADES = 6  # colours of the palette; beyond them the dash changes
 
 
@@ -35,7 +39,8 @@ def write_report(ledgers: Sequence[str | Path], output: str | Path, format: str 
         format: html, md or json.
 
     Raises:
-        Mistake: an unknown format, an output that is a folder or one of the ledgers, a ledger that cannot be read, or a disk that cannot be written.
+        Mistake: an unknown format, an output that is a folder or one of the ledgers, a ledger that cannot be read, or a disk that cannot
+            be written.
     """
     output = Path(output)
     if format not in FORMATS:
@@ -49,8 +54,9 @@ def write_report(ledgers: Sequence[str | Path], output: str | Path, format: str 
         write_text(output, text.as_json(report))
         return output
     folder = output.with_name(f"{output.stem}-data")
+    page = text.as_markdown(report, folder.name) if format == "md" else as_html(report, folder.name)
     write_csv(ledgers, folder)
-    write_text(output, text.as_markdown(report, folder.name) if format == "md" else as_html(report, folder.name))
+    write_text(output, page)
     return output
 
 
@@ -92,9 +98,18 @@ def as_html(report: dict[str, Any], data: str | None = None) -> str:
         loader=PackageLoader("remanence.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     engine.globals |= {
-        "shown": text.shown, "points": text.points, "between": text.between, "duration": text.duration, "steps_word": text.steps_word,
-        "settings_words": text.settings_words, "percent": _percent, "day": _day, "tables": TABLES,
-    }  # fmt: skip
+        "shown": text.shown,
+        "points": text.points,
+        "between": text.between,
+        "duration": text.duration,
+        "steps_word": text.steps_word,
+        "settings_words": text.settings_words,
+        "pretty": _pretty,
+        "percent": _percent,
+        "day": _day,
+        "tables": TABLES,
+        "flip": FLIP,
+    }
     engine.filters["path"] = quote
     measures = [
         {
@@ -121,11 +136,15 @@ def as_html(report: dict[str, Any], data: str | None = None) -> str:
 
 
 def _percent(value: float | None, measure: dict[str, Any]) -> float:
-    """Place a score on its measure's axis, 0 to 100: shares of one as they are, else from 0 (or the least score below it) to the greatest."""
+    """Place a score on its measure's axis, 0 to 100: shares of one as they are, else from the lesser of 0 and the least to the greatest."""
     if value is None:
         return 0.0
     low, high = (0.0, 1.0) if measure["share"] else (min(0.0, measure["low"]), measure["high"])
     return round(100 * min(max((value - low) / ((high - low) or 1), 0.0), 1.0), 2)
+
+
+def _pretty(settings: Any) -> str:
+    return settings if isinstance(settings, str) else json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False)
 
 
 def _day(seconds: float) -> str:
@@ -161,19 +180,27 @@ def _heads(report: dict[str, Any]) -> list[dict[str, Any]]:
         )
         rows.append(
             {
-                "life": life["life"], "oracle": life["oracle"], "methods": list(methods), "seeds": len(life["seeds"]), "outside": head["outside"],
+                "life": life["life"],
+                "oracle": life["oracle"],
+                "methods": list(methods),
+                "seeds": len(life["seeds"]),
+                "outside": head["outside"],
                 "numbers": [
                     {
-                        "key": key, "rule": rule, "note": note_, "tick": tick, "known": number["mean"] is not None,
+                        "key": key,
+                        "rule": rule,
+                        "note": note_,
+                        "tick": tick,
+                        "known": number["mean"] is not None,
                         "half": None if number["half"] is None else text.shown(number["half"], share).replace(" %", ""),
-                        "shown": text.points(number["mean"], share).replace(" points", "") if key == "lost" else text.shown(number["mean"], share).replace(" %", ""),
+                        "shown": text.shown(number["mean"], share).replace(" %", ""),
                         "unit": ("points" if key == "lost" else "%") if share and number["mean"] is not None else "",
                         "place": _percent(number["mean"], measure),
                     }
                     for (key, number, note_, tick), (rule, _) in zip(numbers_, text.RULES)
                 ],
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -191,6 +218,13 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
     roles = {subject["subject"]: subject for subject in report["subjects"]}
     known = [subject["subject"] for subject in report["subjects"] if subject["role"] != "request"]
     times = draw.timelines([life["events"] for life in report["lives"]])
+    letters: dict[str | None, int] = {}  # one margin per column of panels, so that the lives' axes align
+    for life in report["lives"]:
+        for curve in life["curves"]:
+            if (curve["probe"], curve["metric"]) == (measure["probe"], measure["metric"]):
+                role = roles[curve["subject"]]
+                length = len(role["part"] or curve["subject"]) + 1 + len(text.shown(_last(curve), measure["share"]))
+                letters[role["request"]] = max(letters.get(role["request"], 0), length)
     figures = []
     for life, time in zip(report["lives"], times):
         found = [curve for curve in life["curves"] if (curve["probe"], curve["metric"]) == (measure["probe"], measure["metric"])]
@@ -201,35 +235,41 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
             title = "What it learned" if request is None else f"Request {request}"
             panels.append((title, request, curves))
         columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
-        drawn = []
+        drawn: list[dict[str, Any]] = []
         for title, request, curves in panels:
             lines, places = [], []
-            for curve in curves:
+            for curve in curves if request is None else reversed(curves):  # the forget set is drawn last, on top
                 subject, points = curve["subject"], curve["points"]
                 name = subject if request is None else roles[subject]["part"]
-                last = next((point["mean"] for point in reversed(points) if point["mean"] is not None), None)
                 shade = _shade(known, subject) if request is None else f"{PART_SHADES[name]} {'dashed' if name == 'forget' else ''}"
                 taught = next((event["end"] for event in life["events"] if event["name"] == subject and event["verb"] == "learn"), None)
                 lines.append(
                     draw.Line(
-                        name=name, label=f"{name} {text.shown(last, measure['share'])}", shade=shade.strip(), taught=taught,
+                        name=name,
+                        last=text.shown(_last(curve), measure["share"]),
+                        shade=shade.strip(),
+                        taught=taught,
                         points=[(point["x"], point["mean"], point["half"]) for point in points],
                         ends=[point["step"] == -1 for point in points],
                         values=[text.between(point, measure["share"]) for point in points],
                     )
-                )  # fmt: skip
+                )
                 places.append(
                     [0.0 if point["event"] == 0 else time.at(point["x"], _position(life["events"], point["event"])) for point in points]
                 )
             words = f"{title}, {life['life']}: {measure['name']} over optimizer steps. " + "; ".join(
-                f"{line.name} ends at {line.label.removeprefix(line.name).strip()}" for line in lines
+                f"{line.name} ends at {line.last}" for line in lines
             )
-            full = (WIDE - 16 * (columns - 1)) // columns
+            part = FIRST if columns == 3 else 1.0 / columns  # the first of three is wider: its names are the longest
+            share = part if not drawn or columns < 3 else (1 - part) / 2
+            full = round((WIDE - 16 * (columns - 1)) * (share if len(panels) <= 4 else 1 / 3))
             drawn.append(
                 {
                     "title": title,
-                    "wide": draw.curves(lines, life["events"], time, measure, width=full, title=words, at=places),
-                    "narrow": draw.curves(lines, life["events"], time, measure, width=NARROW, title=words, at=places),
+                    "wide": draw.curves(lines, life["events"], time, measure, width=full, title=words, at=places, letters=letters[request]),
+                    "narrow": draw.curves(
+                        lines, life["events"], time, measure, width=NARROW, title=words, at=places, letters=letters[request]
+                    ),
                 }
             )
         if drawn:
@@ -238,12 +278,16 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
                     "life": life["life"],
                     "oracle": life["oracle"],
                     "events": life["events"],
-                    "columns": columns,
+                    "columns": f"{columns}{'' if len(panels) <= 4 else 'e'}",
                     "panels": drawn,
                     "seeds": len(life["seeds"]),
                 }
             )
     return figures
+
+
+def _last(curve: dict[str, Any]) -> float | None:
+    return next((point["mean"] for point in reversed(curve["points"]) if point["mean"] is not None), None)
 
 
 def _position(events: Sequence[dict[str, Any]], number: int) -> int:
@@ -260,12 +304,18 @@ def _matrices(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str,
         for row in life["matrix"]:
             if (row["probe"], row["metric"]) != (measure["probe"], measure["metric"]):
                 continue
+            role = next(subject for subject in report["subjects"] if subject["subject"] == row["subject"])
             cells = []
             for cell in row["cells"]:
                 mean = cell["mean"]
                 good = None if mean is None else (mean - low) / span if measure["better"] == "higher" else (high - mean) / span
-                cells.append(cell | {"heat": None if good is None else round(100 * good), "taught": row["taught"] == cell["event"]})
-            role = next(subject for subject in report["subjects"] if subject["subject"] == row["subject"])
+                cells.append(
+                    cell
+                    | {
+                        "heat": None if good is None else round(100 * good),
+                        "taught": row["taught"] == cell["event"] and role["part"] in (None, "forget"),
+                    }
+                )
             rows.append({"subject": row["subject"], "role": role, "cells": cells})
         if rows:
             found.append({"life": life["life"], "events": life["events"], "rows": rows})
@@ -293,9 +343,15 @@ def _moved(life: dict[str, Any]) -> dict[str, Any]:
     for number in dict.fromkeys(row["event"] for row in life["moved"]):
         cells = {(row["role"], row["layer"]): row for row in life["moved"] if row["event"] == number}
         table = [
-            (role, [None if (cell := cells.get((role, layer))) is None else cell | {"heat": _heat(cell["relative"], top)} for layer in columns])
+            (
+                role,
+                [
+                    None if (cell := cells.get((role, layer))) is None else cell | {"heat": _heat(cell["relative"], top)}
+                    for layer in columns
+                ],
+            )
             for role in roles
-        ]  # fmt: skip
+        ]
         events.append({"event": names.get(number, {"event": number, "name": "", "verb": ""}), "table": table})
     return {"life": life["life"], "columns": columns, "events": events, "top": top}
 

@@ -6,7 +6,8 @@
 | lives | runs, events, headline, curves, matrix, moved weights and training losses of each life |
 | requests | the sets of each request, before, after and at the end of each life, and in the oracle |
 
-Every number that is a mean over seeds stands as {mean, half, seeds}: half is the half-width of its 95 % t-interval, None with fewer than two seeds.
+Every number that is a mean over seeds stands as {mean, half, seeds}: half is the half-width of its 95 % t-interval, None with fewer than
+two seeds.
 """
 
 from __future__ import annotations
@@ -31,8 +32,21 @@ LOWER_IS_BETTER = frozenset(
 )
 # shares of one, shown in percent; the order is the order of preference for the leading measure
 SHARES = (
-    "exact", "accuracy", "contains", "choice", "token_accuracy", "rouge", "rougeL", "f1", "probability", "truth_ratio", "auc", "extraction", "error", "ece",
-)  # fmt: skip
+    "exact",
+    "accuracy",
+    "contains",
+    "choice",
+    "token_accuracy",
+    "rouge",
+    "rougeL",
+    "f1",
+    "probability",
+    "truth_ratio",
+    "auc",
+    "extraction",
+    "error",
+    "ece",
+)
 
 
 def lower_is_better(metric: str) -> bool:
@@ -83,14 +97,21 @@ def measures(lives: Iterable[Life]) -> list[dict[str, Any]]:
         low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
         base = metric.rpartition("/")[2]
         share = base in SHARES and low >= 0 and high <= 1
-        name = metric.replace("/", " ") if probe == base or probe == metric else f"{probe} {metric.replace('/', ' ')}"
+        name = metric.replace("/", " ") if probe in (base, metric) else f"{probe} {metric.replace('/', ' ')}"
         subjects = list(dict.fromkeys(subject for subject, _ in series))
         found.append(
             {
-                "probe": probe, "metric": metric, "name": name.replace("_", " "), "better": "lower" if lower_is_better(metric) else "higher",
-                "share": share, "low": low, "high": high, "subjects": subjects, "any": bool(len(values)),
+                "probe": probe,
+                "metric": metric,
+                "name": name.replace("_", " "),
+                "better": "lower" if lower_is_better(metric) else "higher",
+                "share": share,
+                "low": low,
+                "high": high,
+                "subjects": subjects,
+                "any": bool(len(values)),
             }
-        )  # fmt: skip
+        )
 
     def preference(measure: dict[str, Any]) -> tuple[Any, ...]:
         base = measure["metric"].rpartition("/")[2]
@@ -198,21 +219,23 @@ def matrix_row(life: Life, measure: dict[str, Any], subject: str, series: Series
 def headline(life: Life, own: dict[str, dict[str, Any]], roles: dict[str, Any], lives: list[Life]) -> dict[str, Any]:
     """Return the three numbers of a life: what it kept, what it should have lost and did not, what it lost by accident.
 
-    Every subject goes by its own measure (the first in the list of measures that has it). Averages hold only measures of one unit: shares of one together, else
-    the leading measure alone. Per seed, then over seeds:
+    Every subject goes by its own measure (the first in the list of measures that has it). Averages hold only measures of one unit: shares
+    of one together, else the leading measure alone. Per seed, then over seeds:
 
     - kept: mean final score over the tasks that this life learned and the sets that no event taught;
-    - left: mean final score on the forget sets of the requests that it served (of all requests, for an oracle), and the oracle's on the same sets;
-    - lost: mean over the same subjects as `kept` and the retain and neighbour sets of served requests of the fall from the best score at an event's end to the
-      last one (never below 0).
+    - left: mean final score on the forget sets of the requests that it served (of all requests, for an oracle), and the oracle's on the
+      same sets;
+    - lost: mean fall from the best score at an event's end to the last one (never below 0), over the subjects of `kept` and the retain and
+      neighbour sets of served requests.
     """
     learned = {event["name"] for event in life.events if event["verb"] == "learn" and event["complete"]}
     served = {event["name"] for event in life.events if event["verb"] == "forget" and event["complete"]}
     first = next(iter(own.values()), None)
     comparable = {
-        subject: measure for subject, measure in own.items()
+        subject: measure
+        for subject, measure in own.items()
         if (measure["share"] and measure["better"] == first["better"] if first and first["share"] else measure is first)
-    }  # fmt: skip
+    }
 
     def series(subject: str, of: Life) -> Series | None:
         measure = comparable.get(subject)
@@ -274,7 +297,7 @@ def _mean_present(rows: Float[np.ndarray, "subjects seeds"]) -> Float[np.ndarray
 
 
 def request_bars(lives: list[Life], measure: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    """Return, for each part of the request that `measure` has, each life's score before the request, after it and at the end, and the oracle's at its end."""
+    """Return each life's score before a request, after it and at the end, and the oracle's at its end, for each part that `measure` has."""
     rows = []
     for part in PARTS:
         subject, bars, finals = f"{name}/{part}", [], []
@@ -300,7 +323,8 @@ def request_bars(lives: list[Life], measure: dict[str, Any], name: str) -> list[
 def moved(life: Life) -> list[dict[str, Any]]:
     """Return, per event, role and layer, how many weights an event changed and by how much, over all tensors and seeds.
 
-    `relative` is the root mean square of the tensors' relative changes, weighted by their sizes: tensors of one size and norm give the norm of the whole.
+    `relative` is the root mean square of the tensors' relative changes, weighted by their sizes: where all tensors have one root mean
+    square, that is the relative change of the whole.
     """
     cells: dict[tuple[int, str, int | None], list[tuple[int, int, float]]] = {}
     for run in life.runs:
@@ -317,10 +341,14 @@ def moved(life: Life) -> list[dict[str, Any]]:
         weight = size[known].sum()
         rows.append(
             {
-                "event": event, "role": role, "layer": layer, "size": int(size.sum() / len(life.runs)), "share": _plain(changed.sum() / max(size.sum(), 1)),
+                "event": event,
+                "role": role,
+                "layer": layer,
+                "size": int(size.sum() / len(life.runs)),
+                "share": _plain(changed.sum() / max(size.sum(), 1)),
                 "relative": _plain(math.sqrt((size[known] * relative[known] ** 2).sum() / weight)) if weight else None,
             }
-        )  # fmt: skip
+        )
     return rows
 
 

@@ -11,11 +11,13 @@ RULES = (
     ("Kept", "the mean last score over the tasks that this life learned and the sets that no event taught."),
     (
         "Should be gone, is there",
-        "the mean last score on the forget sets of the requests served; beside it the oracle's: a life that never saw those rows. What exceeds the oracle stayed behind.",
+        "the mean last score on the forget sets of the requests served; beside it the oracle's: a life that never saw those rows. "
+        "What exceeds the oracle stayed behind.",
     ),
     (
         "Lost by accident",
-        "the mean fall from the best score after any event to the last one, over the same sets as Kept and the retain and neighbour sets of the requests served. "
+        "the mean fall from the best score after any event to the last one, over the same sets as Kept and the retain and neighbour sets "
+        "of the requests served. "
         "A task that shares rows with a forget set counts their loss here too.",
     ),
 )
@@ -30,7 +32,7 @@ def shown(value: float | None, share: bool, *, sign: bool = False) -> str:
         percent = value * 100
         digits = 1 if 0 < abs(percent) < 1 or 99 < percent < 100 else 0
         return f"{round(percent, digits) + 0.0:{plus}.{digits}f} %"
-    return f"{value:{plus}.3g}" if abs(value) < 1000 else f"{value:{plus},.0f}"
+    return f"{value:{plus}#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:{plus},.0f}"
 
 
 def points(value: float | None, share: bool) -> str:
@@ -80,18 +82,19 @@ def verdict(report: dict[str, Any]) -> str:
         if lost:
             said.append(f"lost {points(lost[0][0], share)} by accident")
         return f"{kept[0][1]} " + _listed(said) + "."
+    said_of: dict[str, list[str]] = {}
     best = min(kept) if lower else max(kept)
-    said = [f"{best[1]} kept most ({shown(best[0], share)})"]
-    if over:
-        near = min(over, key=lambda pair: abs(pair[0]))
-        said.append(f"{near[1]} came closest to never having seen the forgotten rows ({_distance(near[0], share)})")
-    elif left:
-        near = max(left) if lower else min(left)
-        said.append(f"{near[1]} has least left of what it should have lost ({shown(near[0], share)})")
+    said_of.setdefault(best[1], []).append(f"kept most ({shown(best[0], share)})")
     if lost:
         mild = min(lost)
-        said.append(f"{mild[1]} lost least by accident ({points(mild[0], share)})")
-    return _listed(said) + "."
+        said_of.setdefault(mild[1], []).append(f"lost least by accident ({points(mild[0], share)})")
+    if over:
+        near = min(over, key=lambda pair: abs(pair[0]))
+        said_of.setdefault(near[1], []).append(f"came closest to never having seen the forgotten rows ({_distance(near[0], share)})")
+    elif left:
+        near = max(left) if lower else min(left)
+        said_of.setdefault(near[1], []).append(f"has least left of what it should have lost ({shown(near[0], share)})")
+    return "; ".join(f"{name} {_listed(said)}" for name, said in said_of.items()) + "."
 
 
 def _excess(value: float, share: bool) -> str:
@@ -202,11 +205,21 @@ def as_markdown(report: dict[str, Any], data: str | None = None) -> str:
         lines += _table(
             ("event", "verb", "name", "kind", "method", "settings", "rows", "steps", "last loss", "time"),
             (
-                (event["event"], event["verb"], event["name"], event["kind"], event["method"], settings_words(event["settings"]),
-                 MISSING if event["rows"] is None else event["rows"], event["steps"], shown(ends.get(event["event"]), False), duration(event["seconds"]))
+                (
+                    event["event"],
+                    event["verb"],
+                    event["name"],
+                    event["kind"],
+                    event["method"],
+                    settings_words(event["settings"]),
+                    MISSING if event["rows"] is None else event["rows"],
+                    event["steps"],
+                    shown(ends.get(event["event"]), False),
+                    duration(event["seconds"]),
+                )
                 for event in life["events"]
             ),
-        )  # fmt: skip
+        )
     lines += ["## Runs", ""]
     lines += _table(
         ("life", "run", "seed", "parameters", "events", "versions", "recipe"),

@@ -69,7 +69,7 @@ class Checkpoints:
 
 
 def model_state(model: nn.Module) -> dict[str, Tensor]:
-    """Return the full state dict on the CPU, gathered from all processes where the model is sharded (every process must call)."""
+    """Return the full state dict; of a sharded model on the CPU of the main process alone, empty in the others (every process must call)."""
     if is_sharded(model):
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ from transformers import PreTrainedModel
 
 from remanence.errors import Mistake, nearest
 from remanence.storage import digest_tensors, load_tree, save_tree
+from remanence.training.processes import exchanged, from_main, is_sharded, keep_sharded, whole
 
 DEFINITIONS = ("exact", "sampled", "empirical", "batched", "label_free")
 GRADIENT_BYTES = 2**28  # what per-row gradients may take at a time when `chunk` is not given ...
@@ -65,7 +66,7 @@ class Fisher(dict[str, Tensor]):
     @property
     def trace(self) -> float:
         """The sum over all weights."""
-        return math.fsum(value.sum(dtype=torch.float64).item() for value in self.values())
+        return math.fsum(whole(value.sum(dtype=torch.float64)).item() for value in self.values())
 
 
 def diagonal_fisher(
@@ -97,7 +98,10 @@ def diagonal_fisher(
         reduce: "mean" over rows (batches for `batched` and `label_free`), or their "sum".
         chunk: gradients held at a time; 1 goes row by row without vmap; `None`: as many as fit `GRADIENT_BYTES`, at most `GRADIENTS`.
         progress: called after each batch with the number of batches done.
-        reduce_sum: sums a tensor over processes (all-reduce); applied to every sum and to the count.
+        reduce_sum: sums a tensor over processes (all-reduce), whose batches are then taken as different ones; applied to every sum and to the count.
+
+    A sharded model (FSDP2) can only run where all its processes run, and a square is no sum over processes: so they take every row together, one at a
+    time, exchanging their batches first if `reduce_sum` says that these differ. The result is sharded like the parameters.
 
     Returns:
         One tensor per parameter, non-negative, fp64 for fp64 parameters and fp32 for all others.
@@ -111,6 +115,10 @@ def diagonal_fisher(
     _check_option("reduce", reduce, ("mean", "sum"))
     if definition == "sampled" and generator is None:
         raise Mistake("Fisher", "definition 'sampled' draws labels and has no generator", "pass generator=seeds.generator(...)")
+    sharded = is_sharded(model)
+    if sharded:
+        keep_sharded(model)
+        batches, reduce_sum, chunk = exchanged(batches) if reduce_sum is not None else batches, None, 1
     chosen, frozen = _choose(model, parameters)
     if chunk is None:
         size = sum(weight.numel() * weight.element_size() for weight in chosen.values())
@@ -133,7 +141,7 @@ def diagonal_fisher(
     count = int(counted.item())
     if count == 0:
         raise Mistake("Fisher", "the batches hold no supervised row", "check that the data are not empty and the labels not all -100")
-    broken = next((name for name, total in totals.items() if not torch.isfinite(total).all()), None)
+    broken = next((name for name, total in totals.items() if not whole(torch.isfinite(total).all())), None)
     if broken is not None:
         raise Mistake(f"parameter '{broken}'", "its Fisher information is not finite", "look for NaN in the weights or data, or use fp32")
     if reduce == "mean":
@@ -258,13 +266,14 @@ def _add_batch(
         with torch.enable_grad():
             logits = _logits(model(**inputs), at)
             value = _value(logits, targets, weights, definition).mean()
-            slopes = torch.autograd.grad(value, list(chosen.values()), allow_unused=True, materialize_grads=True)
+            slopes = _slopes(model, value, list(chosen.values()))
         for total, slope in zip(totals.values(), slopes):
             wide = slope.to(total.dtype)
             total += wide.abs() if definition == "label_free" else wide.square()
         return 1
     if definition == "sampled":
         targets = _draw_labels(model, inputs, at, chunk, cast(torch.Generator, generator))
+        targets = from_main(targets) if is_sharded(model) else targets
     _add_rows(model, chosen, totals, inputs, (at, targets, weights), definition == "exact", chunk)
     return len(targets)
 
@@ -445,6 +454,20 @@ def _add_one_row(
         for value, share in zip(values, shares):
             if share == 0:
                 continue
-            slopes = torch.autograd.grad(value, leaves, retain_graph=exact, allow_unused=True, materialize_grads=True)
+            slopes = _slopes(model, value, leaves, again=exact)
             for total, slope in zip(totals.values(), slopes):
                 total += share * slope.to(total.dtype).square()
+
+
+def _slopes(model: nn.Module, value: Tensor, leaves: list[nn.Parameter], *, again: bool = False) -> Sequence[Tensor]:
+    """Return the gradient of a scalar; that of a sharded model passes through `.grad`, where FSDP2 leaves the mean over processes."""
+    if not is_sharded(model):
+        return torch.autograd.grad(value, leaves, retain_graph=again, allow_unused=True, materialize_grads=True)
+    kept = [(weight, weight.grad) for weight in model.parameters()]
+    for weight, _ in kept:
+        weight.grad = None
+    value.backward(retain_graph=again)
+    slopes = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
+    for weight, before in kept:
+        weight.grad = before
+    return slopes

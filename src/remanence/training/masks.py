@@ -16,6 +16,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from remanence.errors import Mistake, nearest
+from remanence.training.processes import whole
 
 
 @contextlib.contextmanager
@@ -150,11 +151,11 @@ def moved(before: Mapping[str, Tensor], model: nn.Module) -> list[dict[str, Any]
     """
     rows = []
     for name, weight in model.named_parameters():
-        now = weight.detach()
+        now = whole(weight.detach())
         if name not in before or before[name].shape != now.shape:
             rows.append({"weight": name, "size": now.numel(), "changed": now.numel(), "relative": None})
             continue
-        old = before[name].to(now.device)
+        old = whole(before[name]).to(now.device)
         changed = int((now != old).sum())
         if changed:
             length = torch.linalg.vector_norm(old, dtype=torch.float64).item()

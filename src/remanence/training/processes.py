@@ -6,9 +6,11 @@ Nothing can ask for the rank too early: the first question builds the process gr
 from __future__ import annotations
 
 import functools
+import logging
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -50,6 +52,20 @@ def is_sharded(model: nn.Module) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def keep_sharded(model: nn.Module) -> None:
+    """Bring a sharded model to rest, and make it go back there after every forward pass; any other model is left as it is.
+
+    FSDP2 leaves the root's own parameters whole after a forward pass, as plain tensors that no optimizer holds. Methods look at weights
+    between passes (penalties, masks, anchors), so here a parameter is always its shard.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
 
 
 def world_size() -> int:
@@ -127,10 +143,27 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
             first += grad.numel()
 
 
+def exchanged(batches: Iterable[Any]) -> Iterator[Any]:
+    """Yield the batches of all processes in every process: the first of each in the order of ranks, then the second ones, and so on."""
+    own = iter(batches)
+    while True:
+        found: list[Any] = [None] * world_size()
+        torch.distributed.all_gather_object(found, next(own, None))
+        present = [batch for batch in found if batch is not None]
+        if not present:
+            return
+        yield from present
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor, put together where it is sharded (then every process must call)."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def gathered(tree: Any) -> Any:
-    """Return a nested state with every sharded tensor whole, on the CPU (every process must call)."""
+    """Return a nested state with every sharded tensor whole (every process must call)."""
     if isinstance(tree, Tensor):
-        return tree.full_tensor().cpu() if hasattr(tree, "full_tensor") else tree
+        return whole(tree)
     if isinstance(tree, dict):
         return {key: gathered(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -145,19 +178,24 @@ def laid_like(value: Tensor, parameter: Tensor) -> Tensor:
     value = value.to(parameter.device)
     if not isinstance(parameter, DTensor) or isinstance(value, DTensor):
         return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def first_to_fail() -> bool:
-    """Tell whether no other process failed before, so that one mistake gives one sentence, whichever processes noticed it."""
+def say_once(say: Callable[[], None]) -> None:
+    """Let the first process that comes here speak; the others wait until it has, for a launcher ends all when one ends."""
     if not _announced():
-        return True
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return os.environ.get("RANK", "0") == "0"  # before the group is built, every process reads the same files and sees the same
+        return say()
     try:
-        return torch.distributed.distributed_c10d._get_default_store().add("remanence/failed", 1) == 1
-    except RuntimeError:  # the keeper of the store is gone: it failed first
-        return False
+        several()  # a mistake may come before the group is built
+        store = torch.distributed.distributed_c10d._get_default_store()
+        first = store.add("remanence/mistakes", 1) == 1
+        if first:
+            say()
+            store.set("remanence/said", "yes")
+        else:
+            store.wait(["remanence/said"], timedelta(seconds=10))
+    except (RuntimeError, ValueError):  # the store's keeper is gone: it failed and spoke first
+        return
 
 
 def start_missing() -> None:
@@ -176,7 +214,10 @@ def start_missing() -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(1, 1, count, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    config = LaunchConfig(
+        1, 1, count, run_id="remanence", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1
+    )
     try:
         elastic_launch(config, sys.executable)(*sys.orig_argv[1:])
     except ChildFailedError as error:

@@ -35,7 +35,17 @@ from remanence.training.checkpoint import (
     optimizer_state,
 )
 from remanence.training.losses import nll
-from remanence.training.processes import average_gradients, barrier, is_sharded, rank, shared_accelerator, sum_over_processes, world_size
+from remanence.training.processes import (
+    average_gradients,
+    by_main,
+    gathered,
+    is_sharded,
+    keep_sharded,
+    rank,
+    shared_accelerator,
+    sum_over_processes,
+    world_size,
+)
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -217,7 +227,10 @@ class Trainer:
         """Return the optimizer steps that the settings ask for on these batches."""
         if self.settings.steps is not None:
             return self.settings.steps
-        return max(1, math.ceil(self.settings.epochs * len(batches) / (self.settings.accumulate * world_size())))
+        pass_over = math.ceil(
+            len(batches) / (self.settings.accumulate * world_size())
+        )  # as many as one process with all of the batch takes
+        return max(1, math.ceil(self.settings.epochs * pass_over))
 
     def first_seen(self, batches: Batches, step: Step) -> np.ndarray:
         """Return the numbers of the rows that a step is the first of its stage to train on, over all micro-batches and processes, in their order.
@@ -259,7 +272,12 @@ class Trainer:
             self._only = before
 
     def gradient(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
-        """Return the mean gradient of a loss on one batch for every parameter in training, averaged over processes; `.grad` stays as it is."""
+        """Return the mean gradient of a loss over all processes' batches for every parameter in training; `.grad` stays as it is."""
+        sharded, world = is_sharded(model), world_size()
+        if sharded:
+            keep_sharded(model)
+        if world > 1:
+            share_denominators([batch], world)
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         kept = [parameter.grad for _, parameter in trained]
         for _, parameter in trained:
@@ -267,7 +285,7 @@ class Trainer:
         with self._autocast():
             value = loss(model, batch.to(self.accelerator.device))
         value.backward()
-        if world_size() > 1 and not is_sharded(model):
+        if world > 1 and not sharded:
             average_gradients(parameter for _, parameter in trained)
         found = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for name, parameter in trained}
         for (_, parameter), grad in zip(trained, kept):
@@ -275,7 +293,7 @@ class Trainer:
         return found
 
     def over_rows(self, model: nn.Module, batches: Batches, function: Loss) -> Tensor:
-        """Return a function's value for every row, float64 (N,) in the order of the rows; processes share the work.
+        """Return a function's value for every row, float64 (N,) on the CPU in the order of the rows; processes share the work.
 
         The model is in evaluation mode, without gradients, in the settings' precision, and is left as it was.
 
@@ -292,7 +310,7 @@ class Trainer:
             for first in range(turn * size, batches.count, world * size):
                 rows = np.arange(first, min(first + size, batches.count))
                 found[first : first + len(rows)] = function(model, batches.take(rows).to(device)).to(found.dtype)
-        return found if world == 1 else sum_over_processes(found)
+        return (found if world == 1 else sum_over_processes(found)).cpu()
 
     # The loop.
 
@@ -334,10 +352,13 @@ class Trainer:
             self._restore(model, None, state)
             self.steps_done = state["steps_done"]
             return model
-        model.to(self.accelerator.device)
+        if is_sharded(model):
+            keep_sharded(model)
+        else:
+            model.to(self.accelerator.device)
         chosen = self._chosen(model, parameters)
         modes = [(module, module.training) for module in model.modules()]
-        flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        flags = [parameter.requires_grad for parameter in model.parameters()]  # by place: sharding makes new parameters
         noise = _NoiseKept(self.accelerator.device)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
@@ -348,7 +369,9 @@ class Trainer:
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             descent = optimizer(trained) if optimizer else make_optimizer(settings, trained)
             if str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model):
-                model, descent = self.accelerator.prepare(model, descent)
+                model, wrapped = self.accelerator.prepare(model, descent)
+                descent = wrapped.optimizer
+                keep_sharded(model)
                 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             start = 0
             if self._checkpoints and point and point.stage == stage:
@@ -361,7 +384,7 @@ class Trainer:
             noise.restore()
             for module, training in modes:
                 module.training = training
-            for parameter, flag in flags:
+            for parameter, flag in zip(model.parameters(), flags, strict=True):
                 parameter.requires_grad_(flag)
             if settings.gradient_checkpointing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
@@ -458,10 +481,9 @@ class Trainer:
         if descent is not None:
             state["optimizer"] = optimizer_state(model, descent)
         if isinstance(self.owner, Stateful):
-            state["owner"] = self.owner.state_dict()
-        if self.is_main:
-            self._checkpoints.save(stage, step, state)
-        barrier()
+            state["owner"] = gathered(self.owner.state_dict())
+        kept = self._checkpoints
+        by_main(lambda: kept.save(stage, step, state))
 
     def _restore(self, model: nn.Module, descent: torch.optim.Optimizer | None, state: dict[str, Any]) -> None:
         load_model_state(model, state["model"])
@@ -480,7 +502,7 @@ def share_denominators(micro: list[Batch], pieces: int) -> None:
     counts = torch.tensor(
         [[sum(part.own_rows() for part in parts), sum(part.own_tokens() for part in parts)] for parts in columns], dtype=torch.float64
     )
-    sum_over_processes(counts)
+    counts = sum_over_processes(counts)
     for parts, (rows, tokens) in zip(columns, (counts / pieces).tolist()):
         for part in parts:
             part._rows, part._tokens = rows, tokens or 1.0

@@ -1,0 +1,44 @@
+"""The t-interval equals scipy's, and missing seeds count for nothing."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from remanence.report.interval import t_interval
+from remanence.seeds import numpy_generator
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 7, 40])
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.999])
+def test_interval_equals_scipys(seeds, level):
+    values = numpy_generator(0, "interval", seeds).normal(3, 2, (4, 5, seeds))
+    mean, half = t_interval(values, level)
+    low, high = stats.t.interval(level, seeds - 1, loc=values.mean(-1), scale=stats.sem(values, axis=-1))
+    assert mean.shape == half.shape == (4, 5)
+    np.testing.assert_allclose(mean, values.mean(-1), rtol=1e-12)
+    np.testing.assert_allclose(half, (high - low) / 2, rtol=1e-12)  # not the ends: one near 0 has lost its digits to cancellation
+
+
+def test_missing_seeds_count_for_nothing():
+    table = np.array([[1.0, np.nan, 3.0, 8.0], [np.nan, 5.0, np.nan, np.nan], [np.nan] * 4, [2.0, np.inf, 4.0, np.nan]])
+    mean, half = t_interval(table)
+    full_mean, full_half = t_interval(np.array([1.0, 3.0, 8.0]))
+    assert mean[0] == pytest.approx(float(full_mean))
+    assert half[0] == pytest.approx(float(full_half))
+    assert mean[1] == 5.0
+    assert np.isnan(half[1])
+    assert np.isnan(mean[2])
+    assert np.isnan(half[2])
+    assert mean[3] == 3.0
+
+
+def test_two_seeds_by_hand():
+    mean, half = t_interval(np.array([1.0, 3.0]))  # s = sqrt(2), s / sqrt(2) = 1, t(0.975, 1) = 12.706
+    assert float(mean) == 2.0
+    assert float(half) == pytest.approx(12.7062047, abs=1e-6)
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 95])
+def test_impossible_level_is_refused(level):
+    with pytest.raises(ValueError, match="level"):
+        t_interval(np.zeros(3), level)
