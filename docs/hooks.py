@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
+from make import filled  # MkDocs lets a hook import its neighbours while it is loaded
+
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent / "src")]
 
 
 def on_config(config: Any, **_: Any) -> Any:
@@ -27,6 +27,4 @@ def _present(entry: Any) -> Any:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Put the generated parts in the place of their comments."""
-    from make import filled
-
     return filled(markdown)

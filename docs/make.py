@@ -264,7 +264,9 @@ def methods(verb: str) -> str:
         paper = f"[{entry.paper}](https://arxiv.org/abs/{entry.arxiv})" if entry.arxiv else entry.paper
         source = entry.home.partition(":")[0].replace(".", "/")
         keys = dataclass_table(made, skip=("rows", "kind") if verb == "measure" else ())
-        about = "\n\n".join(part for part in (entry.summary, paper, f"Family: {entry.family}. Source: `src/remanence/{source}.py`.") if part)
+        about = "\n\n".join(
+            part for part in (entry.summary, paper, f"Family: {entry.family}. Source: `src/remanence/{source}.py`.") if part
+        )
         sections.append(f"### `{entry.name}`\n\n{about}\n\n{keys}")
     return "\n\n".join(sections)
 
@@ -311,7 +313,12 @@ def cli() -> str:
             rows.append([code(label), default, about.help or ""])
         usage = " ".join(["remanence", name, *words, "[OPTIONS]" if any(row[0].startswith("`-") for row in rows) else ""]).strip()
         doc = inspect.getdoc(callback) or ""
-        parts = [f"## `{name}`", doc, f"```text\n{usage}\n```", table(("argument or option", "default", "what it is"), rows) if rows else ""]
+        parts = [
+            f"## `{name}`",
+            doc,
+            f"```text\n{usage}\n```",
+            table(("argument or option", "default", "what it is"), rows) if rows else "",
+        ]
         sections.append("\n\n".join(part for part in parts if part))
     return "\n\n".join(sections)
 
@@ -359,7 +366,7 @@ def glossary() -> str:
     for name in names:
         doc = inspect.getdoc(getattr(metrics, name)) or ""
         first = doc.partition("\n\n")[0].replace("\n", " ")
-        formula = re.match(r"Return (.*?)(; .*|, the .*|, for .*)?$", first)
+        formula = re.match(r"Return (.*?)((?:;|: the|, the|, facts| over M) .*)?$", first)
         said = prose(getattr(metrics, name)).partition("\n\n")[2]
         args = argument_docs(getattr(metrics, name))
         listed = "\n".join(f"- `{key}`: {text}" for key, text in args.items())

@@ -161,7 +161,10 @@ def test_a_recorded_claim_becomes_a_section(make: Any) -> None:
         "paper": ["51.3 against 45.7"],
         "notes": [],
         "seeds": [0, 1, 2],
-        "table": {"half": {"op": {"mean": 0.5, "half": 0.125}, "bwt": {"mean": -0.25, "half": None}}, "full": {"op": {"mean": 0.25, "half": 0.0}}},
+        "table": {
+            "half": {"op": {"mean": 0.5, "half": 0.125}, "bwt": {"mean": -0.25, "half": None}},
+            "full": {"op": {"mean": 0.25, "half": 0.0}},
+        },
         "show": ["op", "bwt"],
         "seconds": 90.0,
         "versions": {"torch": "2"},
@@ -183,7 +186,9 @@ def test_site_builds_strictly_and_asks_nothing_of_the_network(tmp_path: Path) ->
     build(load_config(str(ROOT / "mkdocs.yml"), strict=True, site_dir=str(tmp_path / "site")))
     pages = list((tmp_path / "site").glob("*.html"))
     assert {page.stem for page in PAGES if page.parent.name == "docs"} <= {page.stem for page in pages}
-    fetched = re.compile(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"(?:https?:)?//|<link[^>]*rel=\"(?!canonical)[^\"]*\"[^>]*href=\"(?:https?:)?//|<link[^>]*href=\"(?:https?:)?//[^>]*rel=\"(?!canonical)")
+    fetched = re.compile(
+        r"<(?:script|img|iframe|source)[^>]*\ssrc=\"(?:https?:)?//|<link[^>]*rel=\"(?!canonical)[^\"]*\"[^>]*href=\"(?:https?:)?//|<link[^>]*href=\"(?:https?:)?//[^>]*rel=\"(?!canonical)"
+    )
     for page in pages:
         text = page.read_text(encoding="utf-8")
         assert "<!-- made:" not in text
