@@ -352,9 +352,10 @@ class Trainer:
             self._restore(model, None, state)
             self.steps_done = state["steps_done"]
             return model
+        shard = str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model)
         if is_sharded(model):
             keep_sharded(model)
-        else:
+        elif not shard:  # what will be sharded may be too large for one device
             model.to(self.accelerator.device)
         chosen = self._chosen(model, parameters)
         modes = [(module, module.training) for module in model.modules()]
@@ -368,7 +369,7 @@ class Trainer:
                 model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             descent = optimizer(trained) if optimizer else make_optimizer(settings, trained)
-            if str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model):
+            if shard:
                 model, wrapped = self.accelerator.prepare(model, descent)
                 descent = wrapped.optimizer
                 keep_sharded(model)
