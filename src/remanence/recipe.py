@@ -346,7 +346,6 @@ def expand(path: str) -> str:
     return re.sub(r"\$\{?REMANENCE_DATA\}?", os.environ.get("REMANENCE_DATA", "../shared/data"), os.path.expandvars(path))
 
 
-<<<<<<< HEAD
 def probes_for(
     rows: Dataset, kind: str, clauses: Iterable[Clause] | None = None, defaults: Mapping[str, Any] = MappingProxyType({})
 ) -> dict[str, Any]:
@@ -368,42 +367,6 @@ def probes_for(
         build_probe(clause, rows, kind, defaults, f"{place}.{number}")
         for number, clause in enumerate(clauses if clauses is not None else STANDARD_PROBES[kind])
     )
-=======
-def probes_for(rows: Dataset, kind: str, clauses: Iterable[Clause] | None = None, **shared: Any) -> dict[str, Any]:
-    """Return the probes of a set by name: the clauses', or the standard ones of the kind.
-
-    Args:
-        rows: the set.
-        kind: of its rows.
-        clauses: names, or mappings with `probe` and its options.
-        shared: options for every probe that has them (`length`, `template`).
-
-    Raises:
-        Mistake: an unknown probe, option or value.
-    """
-    from dataclasses import fields
-
-    from remanence.catalogue import STANDARD_PROBES, entry
-
-    found = {}
-    for clause in clauses if clauses is not None else STANDARD_PROBES[kind]:
-        options = dict(clause) if isinstance(clause, dict) else {"probe": clause}
-        name = str(options.pop("probe", ""))
-        place = f"measure.probes.{kind}.{name}"
-        made: Any = entry(name, "measure", "measure.probes").load()
-        known = [field.name for field in fields(made) if field.init and field.name not in ("rows", "kind")]
-        for option in options:
-            if option not in known:
-                raise Mistake(f"{place}.{option}", "unknown key", nearest(option, known))
-        options = {key: value for key, value in (shared | {"kind": kind}).items() if key in known or key == "kind"} | options
-        if "kind" not in {field.name for field in fields(made)}:
-            options.pop("kind")
-        try:
-            found[name] = made(rows, **options)
-        except TypeError as error:
-            raise Mistake(place, f"wrong options ({error})", "see the probe's arguments") from None
-    return found
->>>>>>> main
 
 
 def _event_name(event: LearnEvent | ForgetEvent) -> str:
