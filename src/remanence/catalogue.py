@@ -1,14 +1,20 @@
-"""The one explicit table: name -> class, paper, family. `build` makes an object from a recipe's clause; nothing is imported before it is asked for."""
+"""The one explicit table: name -> class, paper, family. `build` makes an object from a recipe's clause; nothing is imported before it is asked for.
+
+A name with a colon is not in the table: `my_module:MyLearner` is a class of the user's, imported from the working directory.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from remanence.errors import Mistake, nearest
+from remanence.stream import Forgetter, Learner, Probe
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -21,13 +27,14 @@ class Entry:
     Args:
         name: what a recipe says.
         verb: learn | forget | remember | recall | measure.
-        home: `module:Class` below `remanence`.
+        home: `module:Class` below `package`.
         family: of the survey's map (replay, regularisation, ...).
         summary: one line.
         paper: where it comes from.
         arxiv: identifier, if there is one.
         slug: of its sheet and claim; empty for baselines.
         kinds: of rows that a probe reads; empty: all.
+        package: with its dot; empty for a class of the user's.
     """
 
     name: str
@@ -39,11 +46,12 @@ class Entry:
     arxiv: str = ""
     slug: str = ""
     kinds: tuple[str, ...] = ()
+    package: str = "remanence."
 
     def load(self) -> type:
         """Import the class."""
         module, _, name = self.home.partition(":")
-        return getattr(importlib.import_module(f"remanence.{module}"), name)
+        return getattr(importlib.import_module(self.package + module), name)
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -181,6 +189,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right.", kinds=("classes", "images")),
 )
 
+PROTOCOLS: dict[str, type] = {"learn": Learner, "forget": Forgetter, "measure": Probe}
 STANDARD_PROBES = {
     "text": ("loss",),
     "chat": ("loss",),
@@ -191,11 +200,13 @@ STANDARD_PROBES = {
 
 
 def entry(name: str, verb: str, place: str = "method") -> Entry:
-    """Return a verb's entry by name.
+    """Return a verb's entry by name; for `module:Class`, one of the user's, checked against the verb's protocol.
 
     Raises:
         Mistake: there is none of that name; the nearest is suggested.
     """
+    if ":" in name:
+        return _own(name, verb, place)
     known = {item.name: item for item in ENTRIES if item.verb == verb}
     if name in known:
         return known[name]
@@ -203,6 +214,37 @@ def entry(name: str, verb: str, place: str = "method") -> Entry:
     if elsewhere is not None:
         raise Mistake(place, f"'{name}' is a method to {elsewhere.verb}, not to {verb}", f"known here are {', '.join(sorted(known))}")
     raise Mistake(place, f"unknown method '{name}'", nearest(name, known))
+
+
+def _own(name: str, verb: str, place: str) -> Entry:
+    """Import `module:Class` from the working directory and return an entry for it.
+
+    Raises:
+        Mistake: no such module or class, a module that fails, or a class without what the verb's protocol asks for.
+    """
+    module_name, _, class_name = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way
+        if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
+            raise Mistake(place, f"no module named '{error.name}'", "run from the folder that holds it, or install it") from error
+        raise Mistake(place, f"the module '{module_name}' fails ({type(error).__name__}: {error})", "mend it") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
+        raise Mistake(place, f"the module '{module_name}' has no class '{class_name}'", nearest(class_name, classes))
+    protocol = PROTOCOLS[verb]
+    asked = [key for key, value in vars(protocol).items() if callable(value) and not key.startswith("_")]
+    lacks = next((key for key in asked if not callable(getattr(found, key, None))), None)
+    if lacks is not None:
+        kind = protocol.__name__.lower()
+        raise Mistake(place, f"'{name}' has no method `{lacks}`, so it is no {kind}", f"a {kind} has {', '.join(asked)}")
+    if verb != "measure" and not dataclasses.is_dataclass(found):
+        raise Mistake(place, f"'{name}' is not a dataclass", "decorate it with @dataclass; its fields are the recipe's keys")
+    return Entry(name, verb, name, "own", (found.__doc__ or "").partition("\n")[0], package="")
 
 
 def build(clause: str | dict[str, Any], verb: str, place: str) -> Any:

@@ -270,9 +270,7 @@ class Recipe(_Strict):
     def probes(self, events: Iterable[Event], limit: int | None = None) -> Probes:
         """Return the probes of every measured set: tasks, parts of requests, extra sets."""
         from remanence.stream import Task
-        from remanence.training.trainer import Settings
 
-        settings = Settings().changed("training", self.training)
         sets: dict[str, tuple[Dataset, str]] = {}
         for name, chosen in self.measure.sets.items():
             sets[name] = (self.rows(chosen.data, chosen.kind, f"measure.sets.{name}.data"), chosen.kind)
