@@ -30,7 +30,7 @@ def test_rows_come_in_the_order_of_their_keys_not_of_writing() -> None:
 
 def test_a_failed_transaction_writes_nothing_and_a_nested_one_joins_the_outer(tmp_path: Path) -> None:
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        with pytest.raises(ZeroDivisionError), ledger.transaction():
+        with pytest.raises(ZeroDivisionError), ledger.transaction():  # noqa: PT012
             ledger.write("scores", [score(1.0)])
             with ledger.transaction():
                 ledger.write("scores", [score(1.0, step=2)])
@@ -95,7 +95,7 @@ def test_a_damaged_page_is_a_mistake_when_it_is_read(tmp_path: Path) -> None:
     whole = bytearray(path.read_bytes())
     whole[8192:] = b"\xff" * (len(whole) - 8192)
     path.write_bytes(bytes(whole))
-    with pytest.raises(Mistake, match="cannot be read|not a usable ledger"):
+    with pytest.raises(Mistake, match=r"cannot be read|not a usable ledger"):
         Ledger(path, create=False).rows("scores")
 
 
