@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-
 Seconds = tuple[float, float]  # of the processor, on the wall
 
 
