@@ -8,6 +8,7 @@ with `fused=True`, which the trainer always sets: the difference between the two
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -108,7 +109,7 @@ def compare(
 
     figures = []
     for kind, fused, wanted in (("AdamW by default", None, goal), ("AdamW fused", True, None)):
-        seconds = paired(ours, lambda fused=fused: peer(fused), rounds)
+        seconds = paired(ours, functools.partial(peer, fused), rounds)
         gap = max((a - b).abs().max().item() for a, b in zip(ends["ours"].parameters(), ends["peer"].parameters(), strict=True))
         if not gap < 10 * RATE:
             raise RuntimeError(f"{name}: the two loops ended {gap:.2g} apart, so they did not do the same work")
