@@ -22,7 +22,7 @@ demo: $(VENV)/base ## a week in the life of a model, two ways; ends by naming re
 	$(BIN)/remanence demo
 
 test: $(VENV)/dev ## the tests (about ten minutes on two cores)
-	$(BIN)/pytest -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" -n auto --dist worksteal
 
 lint: $(VENV)/dev ## ruff, mypy, and who may import whom
 	$(BIN)/ruff check src tests benchmarks

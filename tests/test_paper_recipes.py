@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from toy import toy_lm, toy_tokenizer
 
 from remanence.models.load import save_model
 from remanence.recipe import ForgetEvent, Recipe
+from toy import toy_lm, toy_tokenizer
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("recipes/paper/*.yaml"))

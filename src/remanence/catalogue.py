@@ -8,12 +8,16 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from remanence.errors import Mistake, nearest
 from remanence.stream import Forgetter, Learner, Probe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Entry:
         paper: where it comes from.
         arxiv: identifier, if there is one.
         slug: of its sheet and claim; empty for baselines.
+        kinds: of rows that a probe reads; empty: all.
         package: with its dot; empty for a class of the user's.
     """
 
@@ -40,6 +45,7 @@ class Entry:
     paper: str = ""
     arxiv: str = ""
     slug: str = ""
+    kinds: tuple[str, ...] = ()
     package: str = "remanence."
 
     def load(self) -> type:
@@ -178,8 +184,9 @@ ENTRIES: tuple[Entry, ...] = (
         "measure.recall:Recall",
         "probe",
         "Does the model give the answer: greedy match, probability, rank; direct and paraphrased.",
+        kinds=("qa",),
     ),
-    Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right."),
+    Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right.", kinds=("classes", "images")),
 )
 
 PROTOCOLS: dict[str, type] = {"learn": Learner, "forget": Forgetter, "measure": Probe}
@@ -246,36 +253,82 @@ def build(clause: str | dict[str, Any], verb: str, place: str) -> Any:
     Raises:
         Mistake: unknown method or key, or a value of the wrong type, each with the place and the nearest name.
     """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
     if isinstance(clause, str):
         clause = {"method": clause}
     if not isinstance(clause, dict) or not isinstance(clause.get("method"), str):
         raise Mistake(place, "names no method", "write `method: NAME`, and its hyper-parameters beside it")
-    found = entry(clause["method"], verb, f"{place}.method").load()
-    settable = {item.name: item for item in dataclasses.fields(found) if item.init}
-    given: dict[str, Any] = {}
-    hints = get_type_hints(found)
-    for key, value in clause.items():
-        if key == "method":
-            continue
+    name = clause["method"]
+    found = entry(name, verb, f"{place}.method").load()
+    given = {key: value for key, value in clause.items() if key not in ("method", "inner")}
+    inner = {"inner": build(clause["inner"], verb, f"{place}.inner")} if "inner" in clause and "inner" in _settable(found) else {}
+    stray = {"inner": clause["inner"]} if "inner" in clause and not inner else {}
+    return _make(found, given | stray, inner, name, place)
+
+
+def build_probe(clause: str | dict[str, Any], rows: Dataset, kind: str, defaults: Mapping[str, Any], place: str) -> tuple[str, Any]:
+    """Make a probe of rows from a clause: its name, or a dict with `probe` and arguments; return its name and it.
+
+    Args:
+        clause: of the recipe.
+        rows: what to measure on.
+        kind: of the rows.
+        defaults: arguments for those probes that know them.
+        place: for errors.
+
+    Raises:
+        Mistake: an unknown probe or argument, one that cannot read the kind, or a wrong value.
+    """
+    if isinstance(clause, str):
+        clause = {"probe": clause}
+    if not isinstance(clause, dict) or not isinstance(clause.get("probe"), str):
+        raise Mistake(place, "names no probe", "write `probe: NAME`, and its arguments beside it")
+    name = clause["probe"]
+    chosen = entry(name, "measure", place)
+    if chosen.kinds and kind not in chosen.kinds:
+        raise Mistake(place, f"the probe '{name}' cannot read kind '{kind}'", f"choose among {', '.join(STANDARD_PROBES[kind])}")
+    found = chosen.load()
+    known = _settable(found).keys() - {"rows", "kind"}
+    given = {key: value for key, value in clause.items() if key != "probe"}
+    stray = next((key for key in given if key not in known), None)
+    if stray is not None:
+        raise Mistake(f"{place}.{stray}", f"'{name}' has no such key", nearest(str(stray), known))
+    fixed = {"rows": rows} | ({"kind": kind} if "kind" in _settable(found) else {})
+    return name, _make(found, {key: value for key, value in defaults.items() if key in known} | given, fixed, name, place)
+
+
+def _settable(found: type) -> dict[str, dataclasses.Field]:
+    return {item.name: item for item in dataclasses.fields(found) if item.init}
+
+
+def _make(found: type, given: dict[str, Any], fixed: dict[str, Any], name: str, place: str) -> Any:
+    """Check the given values by the types of the class's fields, and make an object of them and the fixed ones."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    settable, hints = _settable(found), _hints(found)
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
         if key not in settable:
-            raise Mistake(f"{place}.{key}", f"'{clause['method']}' has no such key", nearest(key, settable) if settable else "it has none")
-        if key == "inner":
-            given[key] = build(value, verb, f"{place}.{key}")
-            continue
+            raise Mistake(f"{place}.{key}", f"'{name}' has no such key", nearest(str(key), settable) if settable else "it has none")
         try:
-            given[key] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            checked[key] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
         except ValidationError as error:
-            raise Mistake(f"{place}.{key}", f"{error.errors()[0]['msg']}, got {value!r}", "correct the value") from None
+            shown = repr(value)[:60]
+            raise Mistake(f"{place}.{key}", f"{error.errors()[0]['msg']}, got {shown}", "correct the value") from None
     missing = [
-        name
-        for name, item in settable.items()
-        if name not in given and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        key
+        for key, item in settable.items()
+        if key not in checked and key not in fixed and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise Mistake(f"{place}.{missing[0]}", "is missing", f"'{clause['method']}' needs it")
-    return found(**given)
+        raise Mistake(f"{place}.{missing[0]}", "is missing", f"'{name}' needs it")
+    return found(**checked, **fixed)
+
+
+def _hints(found: type) -> dict[str, Any]:
+    """Return the types of a class's fields; names that the module imports for the type checker alone are `Any`."""
+    from datasets import Dataset
+
+    return get_type_hints(found, localns={"Dataset": Dataset})
 
 
 def label(clause: str | dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from remanence.errors import Mistake, nearest
 from remanence.models.forward import logits_of
-from remanence.stream import Request
+from remanence.stream import COLUMNS, Request
 from remanence.training.batches import Batch, Batches, Ragged
 from remanence.training.fisher import Fisher, diagonal_fisher, load_fisher, save_fisher
 from remanence.training.processes import is_sharded, rank, sum_over_processes, world_size
@@ -136,12 +136,12 @@ class SSD:
         if self.mode != "sample":
             from datasets import concatenate_datasets
 
-            parts = [trainer.encode(part, request.kind) for part in (retain, request.forget)]
-            batches = self._batches(trainer, concatenate_datasets(parts))
+            rows = concatenate_datasets([part.select_columns(list(COLUMNS[request.kind])) for part in (retain, request.forget)])
+            batches = self._batches(trainer, trainer.encode(rows, request.kind))
             return importance_of(model, batches, self.mode, trainer, names), batches.count
-        kept, rows = self._measure(model, trainer, names, retain, request.kind)
-        total = rows + forget_rows  # a mean over rows: that over D is made of its two parts, and the forget rows are passed once
-        return {name: (rows * kept[name] + forget_rows * special[name]) / total for name in special}, total
+        kept, count = self._measure(model, trainer, names, retain, request.kind)
+        total = count + forget_rows  # a mean over rows: that over D is made of its two parts, and the forget rows are passed once
+        return {name: (count * kept[name] + forget_rows * special[name]) / total for name in special}, total
 
     def _measure(self, model: nn.Module, trainer: Trainer, names: list[str], rows: Dataset, kind: str) -> tuple[Fisher, int]:
         """Return the importance on some rows, and their number (in mode sample, of those with a supervised token)."""

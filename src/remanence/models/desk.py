@@ -3,17 +3,18 @@
 | name | knows | shape | weights |
 |------|-------|-------|---------|
 | `bio` | 120 people x 5 facts | 3 layers of width 96 | 0.7 M |
-| `week` | 400 people x 5 facts, and some of Python's documentation | 4 layers of width 128 | 1.3 M |
+| `week` | 400 people x 5 facts, and some of Python's documentation | 3 layers of width 128 | 1.3 M |
 
 A built model is an ordinary Hugging Face folder in the cache, `$XDG_CACHE_HOME/remanence/desk/<hash>` (by default under `~/.cache`). The hash covers
 the specification, the seed, the sources of this module and of the generators, and the versions that decide about bits: a change of any of them makes
 another folder. On one machine the same hash means the same bits.
 
 The tokenizer is byte-level BPE. Its words are those of the whole world (people and attributes met later too), the frame of the default template is two
-tokens ("Q:" and "?\\nA:"), and all else falls back on bytes, so any text is encoded and comes back as it was.
+tokens ("Q:" and "\\nA:"), and all else falls back on bytes, so any text is encoded and comes back as it was.
 
 Training is `Trainer.fit`; three things make it fast. Rows of like length share a batch. The head is applied to supervised positions only. And the first
 steps see few people: the circuit that finds a name in a question forms sooner where each person is met often (Zucchet et al. 2025, arXiv:2503.21676).
+Every other row has words of its question left out, so that a fact hangs on the name and the words that matter, and paraphrases reach it (ours).
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ import inspect
 import json
 import os
 import platform
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -52,7 +54,7 @@ if TYPE_CHECKING:
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 LENGTH = 256  # positions that the models are made for
-PIECES = r"Q:|[.?!]?\nA:| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # merges stay inside a piece
+PIECES = r"Q:|\nA:| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # merges stay inside a piece
 WORLD_WEIGHT = 300  # how often the world's words count beside the documentation's, so that they become whole tokens first
 THREADS = 2  # of training, where there are as many cores; fixed, since sums depend on it in their last bit
 SAMPLE, CHECK_EVERY = 500, 20  # rows of the quick check, steps between two
@@ -82,6 +84,7 @@ class DeskSpec:
         weight_decay: of AdamW.
         first_people: people in the first steps; 0 takes all from the start.
         first_steps: how many steps these are.
+        noise: chance that a word of a question outside the name is left out, in every other row; 0: no such rows.
         group: batches among which rows are sorted by length.
         text_characters: of Python's documentation, for the tokenizer and for training; 0: none.
         text_rows: blocks of documentation per step.
@@ -96,10 +99,10 @@ class DeskSpec:
     world_seed: int = 0
     vocab: int = 2048
     width: int = 128
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     kv_heads: int = 2
-    ffn: int = 384
+    ffn: int = 512
     initializer: float = 0.08
     steps: int = 400
     batch_size: int = 128
@@ -109,6 +112,7 @@ class DeskSpec:
     weight_decay: float = 0.0
     first_people: int = 0
     first_steps: int = 0
+    noise: float = 0.3
     group: int = 8
     text_characters: int = 0
     text_rows: int = 2
@@ -125,8 +129,8 @@ class DeskSpec:
 
 
 SPECS = {
-    "bio": DeskSpec(people=120, width=96, layers=3, ffn=256, steps=900),
-    "week": DeskSpec(people=400, first_people=50, first_steps=80, text_characters=100_000),
+    "bio": DeskSpec(people=120, width=96, ffn=256, steps=900),
+    "week": DeskSpec(people=400, steps=360, first_people=50, first_steps=50, text_characters=100_000),
 }
 NAMES = tuple(SPECS)
 
@@ -277,10 +281,11 @@ def _train(
     )
     trainer = Trainer(settings, processor=tokenizer, seed=derive(seed, "desk"), name=name, progress=progress)
     questions = spec.world.questions()
-    stream: Numbered = _ByLength(trainer.batches(questions, "qa"), spec.group)
+    taught = with_gaps(questions, spec.noise, numpy_generator(seed, "desk", "gaps")) if spec.noise else questions
+    stream: Numbered = _ByLength(trainer.batches(taught, "qa"), spec.group)
     if spec.first_people:
-        first = dataclasses.replace(spec.world, people=spec.first_people).questions()
-        stream = _Then(_ByLength(trainer.batches(first, "qa"), spec.group), stream, spec.first_steps)
+        few = taught.select(np.flatnonzero(np.array(taught["person"]) < spec.first_people))
+        stream = _Then(_ByLength(trainer.batches(few, "qa"), spec.group), stream, spec.first_steps)
     streams = {"answers": stream}
     if spec.text_characters:
         blocks = encode_rows(_documents(spec), "text", tokenizer, length=spec.text_length)
@@ -288,11 +293,11 @@ def _train(
     chosen = numpy_generator("desk", "sample").permutation(len(questions))[:SAMPLE]
     sample = trainer.batches(questions.select(np.sort(chosen)), "qa", size=128, shuffle=False)
 
-    def loss(model: nn.Module, batch: Batch) -> Tensor:
+    def loss(model: Any, batch: Batch) -> Tensor:
         total = answer_nll(model, batch["answers"])
         return total + spec.text_weight * answer_nll(model, batch["text"]) if "text" in batch else total
 
-    def known(model: nn.Module, step: Step) -> bool:
+    def known(model: Any, step: Step) -> bool:
         done = step.number + 1
         return done % CHECK_EVERY == 0 and done > spec.first_steps and share_known(model, sample) >= spec.enough
 
@@ -303,7 +308,19 @@ def _train(
     return {"steps": trainer.steps_done, "recall": recall}
 
 
-def answer_nll(model: nn.Module, batch: Batch) -> Tensor:
+def with_gaps(rows: Dataset, share: float, draws: np.random.Generator) -> Dataset:
+    """Return the rows and behind them a copy in which each word of a question is left out with probability `share`; names and marks stay."""
+    from datasets import concatenate_datasets
+
+    def thinned(part: str) -> str:
+        return re.sub(r"\w+", lambda word: "" if draws.random() < share else word[0], part)
+
+    halves = [question.split(name) for question, name in zip(rows["question"], rows["name"])]
+    gapped = [re.sub(r" +(?=[ ?.])", "", name.join(map(thinned, parts))).strip() for parts, name in zip(halves, rows["name"])]
+    return concatenate_datasets([rows, rows.remove_columns("question").add_column("question", gapped)])
+
+
+def answer_nll(model: LlamaForCausalLM, batch: Batch) -> Tensor:
     """Return what `losses.nll` returns, with the head of the Llama applied to supervised positions only: its cost falls from B T to the answers' tokens."""
     hidden = model.model(input_ids=batch["input_ids"]).last_hidden_state[:, :-1]  # (B, T-1, D)
     targets = batch["labels"][:, 1:]
@@ -311,7 +328,7 @@ def answer_nll(model: nn.Module, batch: Batch) -> Tensor:
     return functional.cross_entropy(model.lm_head(hidden[there]), targets[there], reduction="sum") / batch.tokens
 
 
-def share_known(model: nn.Module, rows: Batches) -> float:
+def share_known(model: LlamaForCausalLM, rows: Batches) -> float:
     """Return the share of rows whose supervised tokens are all the argmax: those that greedy decoding answers word by word."""
     right = 0
     with evaluating(model):

@@ -172,14 +172,14 @@ class Batches:
 
     def take(self, rows: np.ndarray) -> Batch:
         """Return the batch of the given row numbers."""
-        batch = Batch()
+        batch, places = Batch(), torch.from_numpy(rows)
         for name, column in self.columns.items():
-            if isinstance(column, Ragged):
+            if isinstance(column, Tensor):
+                batch[name] = column.index_select(0, places)
+            elif isinstance(column, Ragged):
                 batch[name] = column.padded(rows, IGNORED if name == "labels" else self.pad)
-            elif isinstance(column, _Stored | _Viewed):
-                batch[name] = column.take(rows)
             else:
-                batch[name] = column[torch.from_numpy(rows)]
+                batch[name] = column.take(rows)
         return batch
 
     def with_column(self, name: str, values: Tensor) -> Batches:

@@ -161,6 +161,8 @@ class Step:
     batches: Sequence[Batch]
 
 
+_AS_IT_IS: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+
 Callback = Callable[[nn.Module, Step], bool | None]  # of `after_step`: `True` ends the stage
 
 
@@ -408,26 +410,28 @@ class Trainer:
         after_step: Callback | None,
     ) -> int:
         """Do the steps and return the number of the last one, counted from 1."""
-        settings, world, device = self.settings, world_size(), self.accelerator.device
+        settings, world, place, device = self.settings, world_size(), rank(), self.accelerator.device
         parts, replicated = settings.accumulate, world > 1 and not is_sharded(model)
         base = [group["lr"] for group in descent.param_groups]
         noise = derive(self.seed, "noise", stage) >> 1
         log = _Log(self, stage, numbers, first)
         with log:
             for number in numbers:
-                micro = [batches[(number * parts + part) * world + rank()] for part in range(parts)]
+                micro = [batches[(number * parts + part) * world + place] for part in range(parts)]
                 if parts * world > 1:
                     share_denominators(micro, parts * world)
                 multiplier = rate(number)
                 for group, lr in zip(descent.param_groups, base):
                     group["lr"] = lr * multiplier
-                total: Tensor | float = 0.0
+                losses: list[Tensor] = []
                 for part, batch in enumerate(micro):
-                    torch.manual_seed(noise + (number * parts + part) * world + rank())  # dropout is a function of the micro-batch's number
+                    seed_noise(noise + (number * parts + part) * world + place, device)  # dropout is a function of the micro-batch's number
                     with self._autocast():
-                        value = loss(model, batch.to(device)) / parts
+                        value = loss(model, batch.to(device))
+                        if parts > 1:
+                            value = value / parts
                     value.backward()
-                    total = total + value.detach()
+                    losses.append(value.detach())
                 if replicated:
                     average_gradients(trained)
                 step = Step(number, micro)
@@ -435,9 +439,11 @@ class Trainer:
                     after_backward(model, step)
                 norm = nn.utils.clip_grad_norm_(trained, settings.clip) if settings.clip is not None else None
                 descent.step()
-                descent.zero_grad(set_to_none=True)
+                for group in descent.param_groups:  # what zero_grad does, without its profiler
+                    for parameter in group["params"]:
+                        parameter.grad = None
                 enough = after_step is not None and after_step(model, step) is True
-                log.add(number, total, base[0] * multiplier, norm)
+                log.add(number, sum(losses[1:], losses[0]), base[0] * multiplier, norm)
                 if self._watch is not None:
                     enough = self._watch(model, first + number + 1) is True or enough
                 if enough:
@@ -465,14 +471,9 @@ class Trainer:
             raise Mistake(self.name, "there is nothing to train: every parameter is frozen", "free some parameters")
         return frozenset(chosen)
 
-    @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         precision = self.settings.precision if self.settings.precision != "auto" else self.accelerator.mixed_precision
-        if precision != "bf16":
-            yield
-            return
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16):
-            yield
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16) if precision == "bf16" else _AS_IT_IS
 
     def _save(self, model: nn.Module, descent: torch.optim.Optimizer | None, stage: int, step: int | None) -> None:
         """Write a checkpoint (every process gathers, the main one writes)."""
@@ -513,6 +514,8 @@ def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.
     """Return the settings' optimizer; weight decay touches only parameters with two or more dimensions."""
     wide, thin = [p for p in parameters if p.dim() > 1], [p for p in parameters if p.dim() <= 1]
     groups = [{"params": wide, "weight_decay": settings.weight_decay}, {"params": thin, "weight_decay": 0.0}]
+    if settings.weight_decay == 0:
+        groups = [{"params": parameters, "weight_decay": 0.0}]  # one group, one kernel
     groups = [group for group in groups if group["params"]]
     fused = all(p.is_floating_point() and type(p.data) is Tensor for p in parameters) or None
     if settings.optimizer == "sgd":
@@ -531,6 +534,13 @@ def make_schedule(settings: Settings, steps: int) -> Callable[[int], float]:
         return curve((number - warmup) / max(1.0, steps - warmup))
 
     return multiplier
+
+
+def seed_noise(seed: int, device: torch.device) -> None:
+    """Seed the global generators that layers draw from, of the CPU and of one device; `torch.manual_seed` would queue a call for every absent one."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 class _NoiseKept:
@@ -552,7 +562,7 @@ class _Log:
 
     def __init__(self, trainer: Trainer, stage: int, numbers: range, first: int):
         self.trainer, self.stage, self.numbers, self.first = trainer, stage, numbers, first
-        self.rows: list[tuple[int, Tensor | float, float, Tensor | None]] = []
+        self.rows: list[tuple[int, Tensor, float, Tensor | None]] = []
         self.every = trainer.settings.log_every
         self.bar: Any = None
         self.begun = time.monotonic()
@@ -568,7 +578,7 @@ class _Log:
             if self.bar is not None:
                 self.bar.stop()
 
-    def add(self, number: int, loss: Tensor | float, rate: float, norm: Tensor | None) -> None:
+    def add(self, number: int, loss: Tensor, rate: float, norm: Tensor | None) -> None:
         self.rows.append((number, loss, rate, norm))
         if len(self.rows) >= self.every:
             self.flush()
@@ -582,10 +592,10 @@ class _Log:
         if not self.rows:
             return
         trainer = self.trainer
-        values = torch.stack([torch.as_tensor(loss, dtype=torch.float64) for _, loss, _, _ in self.rows]).cpu()
-        losses = (sum_over_processes(values) / world_size()).tolist()
+        losses = (sum_over_processes(_read([loss for _, loss, _, _ in self.rows])) / world_size()).tolist()
+        norms = _read([norm for _, _, _, norm in self.rows if norm is not None]).tolist() or [None] * len(losses)
         rows = []
-        for (number, _, rate, norm), loss in zip(self.rows, losses):
+        for (number, _, rate, _), loss, norm in zip(self.rows, losses, norms):
             if not math.isfinite(loss):
                 raise Mistake(
                     f"{trainer.name}, step {number + 1}",
@@ -594,7 +604,7 @@ class _Log:
                 )
             for metric, value in (("loss", loss), ("rate", rate), ("norm", norm)):
                 if value is not None:
-                    rows.append({"stage": self.stage, "step": number, "metric": metric, "value": _number(value)})
+                    rows.append({"stage": self.stage, "step": number, "metric": metric, "value": value})
         trainer.record("steps", rows)
         if trainer.settings.trackers:
             number = self.rows[-1][0]
@@ -617,5 +627,7 @@ class _Log:
         self.bar.show(done, f"loss {loss:.4g}  rate {rate:.3g}")
 
 
-def _number(value: Any) -> float:
-    return float(value.full_tensor() if hasattr(value, "full_tensor") else value)
+def _read(values: Sequence[Tensor]) -> Tensor:
+    """Return scalars, sharded or not, as one float64 tensor on the CPU."""
+    whole = [value.full_tensor() if hasattr(value, "full_tensor") else value for value in values]
+    return torch.stack(whole).to("cpu", torch.float64) if whole else torch.zeros(0, dtype=torch.float64)
