@@ -242,7 +242,7 @@ def _own(name: str, verb: str, place: str) -> Entry:
     if lacks is not None:
         kind = protocol.__name__.lower()
         raise Mistake(place, f"'{name}' has no method `{lacks}`, so it is no {kind}", f"a {kind} has {', '.join(asked)}")
-    if verb != "measure" and not dataclasses.is_dataclass(found):
+    if not dataclasses.is_dataclass(found):
         raise Mistake(place, f"'{name}' is not a dataclass", "decorate it with @dataclass; its fields are the recipe's keys")
     return Entry(name, verb, name, "own", (found.__doc__ or "").partition("\n")[0], package="")
 

@@ -32,8 +32,10 @@ class Plain:
 class Forgets:
     def forget(self, model, request, trainer): return model
 
+@dataclass
 class Looks:
-    def __init__(self, rows, kind): pass
+    rows: object
+    kind: str
     def measure(self, model, at): pass
 
 thing = 3
