@@ -129,7 +129,7 @@ class DeskSpec:
 
 
 SPECS = {
-    "bio": DeskSpec(people=120, width=96, ffn=256, steps=900),
+    "bio": DeskSpec(people=120, width=96, ffn=256, steps=300),
     "week": DeskSpec(people=400, steps=360, first_people=50, first_steps=50, text_characters=100_000),
 }
 NAMES = tuple(SPECS)
