@@ -31,7 +31,7 @@ lint: $(VENV)/dev ## ruff, mypy, and who may import whom
 	$(BIN)/lint-imports
 
 docs: $(VENV)/dev ## the documentation site, in site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/dev ## speed beside peers, in one run
 	$(BIN)/python -m benchmarks
