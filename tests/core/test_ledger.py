@@ -30,7 +30,7 @@ def test_rows_come_in_the_order_of_their_keys_not_of_writing() -> None:
 
 def test_a_failed_transaction_writes_nothing_and_a_nested_one_joins_the_outer(tmp_path: Path) -> None:
     with Ledger(tmp_path / "l.sqlite") as ledger:
-        with pytest.raises(ZeroDivisionError), ledger.transaction():  # noqa: PT012
+        with pytest.raises(ZeroDivisionError), ledger.transaction():
             ledger.write("scores", [score(1.0)])
             with ledger.transaction():
                 ledger.write("scores", [score(1.0, step=2)])

@@ -85,7 +85,7 @@ def test_a_damaged_state_is_read_or_refused_never_a_crash(cut: int, flips: list[
     try:
         load_tree(path)
     except Mistake as mistake:
-        assert str(path) in str(mistake)  # noqa: PT017
+        assert str(path) in str(mistake)
 
 
 def test_a_missing_state_and_a_folder_are_mistakes(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_missing_state_and_a_folder_are_mistakes(tmp_path: Path) -> None:
 def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "f.txt"
     write_text(path, "old")
-    with pytest.raises(ZeroDivisionError), whole_file(path) as temporary:  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), whole_file(path) as temporary:
         temporary.write_text("half")
         raise ZeroDivisionError
     assert path.read_text() == "old"
@@ -109,7 +109,7 @@ def test_a_folder_is_whole_or_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "model"
     with whole_folder(path) as temporary:
         (temporary / "a").write_text("1")
-    with pytest.raises(ZeroDivisionError), whole_folder(path) as temporary:  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), whole_folder(path) as temporary:
         (temporary / "b").write_text("2")
         raise ZeroDivisionError
     assert [item.name for item in path.iterdir()] == ["a"]
