@@ -52,7 +52,7 @@ def code(value: Any) -> str:
 def type_words(hint: Any) -> str:
     """Return a type, as it is written in the source, as a reader of YAML wants it."""
     text = hint if isinstance(hint, str) else getattr(hint, "__name__", str(hint))
-    return re.sub(r"\bNone\b", "null", text.replace("dict[str, Any]", "mapping"))
+    return re.sub(r"\bNone\b", "null", text.replace("dict[str, Any]", "mapping")).replace(" | ", " or ")  # a bar would end a table's cell
 
 
 def argument_docs(made: type) -> dict[str, str]:
