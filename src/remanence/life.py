@@ -79,6 +79,7 @@ class Life:
         seed: of every random stream.
         oracle: a life that never sees what later requests ask to forget, and for which requests do nothing: the reference for all others.
         description: put into the ledger with the run (plain JSON).
+        trust_remote_code: let a model that is loaded again on resume run the code that comes with it.
         keep_models: keep the model after every event as a folder of its own.
         moved: record how far each weight moved in each event (holds a copy of the weights during the event).
         progress: draw bars and print a line per event.
@@ -97,6 +98,7 @@ class Life:
     seed: int = 0
     oracle: bool = False
     description: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
     keep_models: bool = False
     moved: bool = True
     progress: bool = True
@@ -344,7 +346,7 @@ class Life:
         folder = self._state_folder(number)
         if not folder.is_dir():
             raise Mistake(folder, "the state that the ledger speaks of is not there", "restore it, or start anew in another output")
-        loaded = load_model(str(folder / "model"))
+        loaded = load_model(str(folder / "model"), trust_remote_code=self.trust_remote_code)
         self.model, self.processor = loaded.model, loaded.processor if loaded.processor is not None else self.processor
         for method, state in zip(self._stateful, load_tree(folder / "methods.safetensors"), strict=True):
             method.load_state_dict(state)

@@ -327,6 +327,7 @@ class Recipe(_Strict):
             seed=seed,
             oracle=self.lives.get(name, LifeClause()).oracle,
             description={"recipe": self.model_dump(mode="json")},
+            trust_remote_code=self.trust_remote_code,
             keep_models=self.keep_models,
             progress=progress,
         )

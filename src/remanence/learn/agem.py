@@ -46,6 +46,7 @@ class AGEM:
     memory: str = "balanced"
     batch_size: int | None = None
     tasks: int = field(default=0, init=False)
+    projected: int = field(default=0, init=False)
     kept: ReservoirMemory | BalancedMemory = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,20 +64,17 @@ class AGEM:
             self.kept = make_memory(self.memory, self.capacity, derive(trainer.seed, "kept"))
         new = trainer.batches(task.train, task.kind)
         old = Draws(self.kept, self.batch_size or new.size, seed=derive(trainer.seed, "memory"))
-        projected = 0
+        self.projected = 0
 
         def project(model: nn.Module, step: Step) -> None:
-            nonlocal projected
             if "old" in step.batches[0]:
-                projected += project_gradients(model, reference_gradient(model, step, trainer))
+                self.projected += project_gradients(model, reference_gradient(model, step, trainer))
 
         model = trainer.fit(model, Zip(new=new, old=old), new_nll, steps=trainer.steps_for(new), after_backward=project)
-        for batch in trainer.batches(
-            task.train, task.kind, size=256, shuffle=False
-        ):  # the same cut for every batch size: it orders the slots
+        for batch in trainer.batches(task.train, task.kind, size=256, shuffle=False):  # one cut for every batch size: it orders the slots
             self.kept.add(batch, group=groups(batch, self.tasks))
         self.tasks += 1
-        trainer.note("memory", {"rows": len(self.kept), "bytes": self.kept.bytes, "steps projected since start or resume": projected})
+        trainer.note("memory", {"rows": len(self.kept), "bytes": self.kept.bytes, "steps projected": self.projected})
         return model
 
     def erase(self, request: Request, trainer: Trainer) -> int:
@@ -84,12 +82,12 @@ class AGEM:
         return self.kept.erase(request, trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the memory and the number of tasks learned."""
-        return {"tasks": self.tasks, "kept": self.kept.state_dict()}
+        """Return the memory, the number of tasks learned, and how many steps of the running one were projected."""
+        return {"tasks": self.tasks, "projected": self.projected, "kept": self.kept.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
-        self.tasks = state["tasks"]
+        self.tasks, self.projected = state["tasks"], state["projected"]
         self.kept.load_state_dict(state["kept"])
 
 
