@@ -22,7 +22,7 @@ demo: $(VENV)/base ## a week in the life of a model, two ways; ends by naming re
 	$(BIN)/remanence demo
 
 test: $(VENV)/dev ## the tests (about ten minutes on two cores)
-	$(BIN)/pytest -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not long" -n auto --dist worksteal
 
 lint: $(VENV)/dev ## ruff, mypy, and who may import whom
 	$(BIN)/ruff check src tests benchmarks
@@ -31,7 +31,7 @@ lint: $(VENV)/dev ## ruff, mypy, and who may import whom
 	$(BIN)/lint-imports
 
 docs: $(VENV)/dev ## the documentation site, in site/
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/dev ## speed beside peers, in one run
 	$(BIN)/python -m benchmarks

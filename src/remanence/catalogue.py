@@ -1,13 +1,23 @@
-"""The one explicit table: name -> class, paper, family. `build` makes an object from a recipe's clause; nothing is imported before it is asked for."""
+"""The one explicit table: name -> class, paper, family. `build` makes an object from a recipe's clause; nothing is imported before it is asked for.
+
+A name with a colon is not in the table: `my_module:MyLearner` is a class of the user's, imported from the working directory.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_type_hints
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from remanence.errors import Mistake, nearest
+from remanence.stream import Forgetter, Learner, Probe
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -17,12 +27,14 @@ class Entry:
     Args:
         name: what a recipe says.
         verb: learn | forget | remember | recall | measure.
-        home: `module:Class` below `remanence`.
+        home: `module:Class` below `package`.
         family: of the survey's map (replay, regularisation, ...).
         summary: one line.
         paper: where it comes from.
         arxiv: identifier, if there is one.
         slug: of its sheet and claim; empty for baselines.
+        kinds: of rows that a probe reads; empty: all.
+        package: with its dot; empty for a class of the user's.
     """
 
     name: str
@@ -33,11 +45,13 @@ class Entry:
     paper: str = ""
     arxiv: str = ""
     slug: str = ""
+    kinds: tuple[str, ...] = ()
+    package: str = "remanence."
 
     def load(self) -> type:
         """Import the class."""
         module, _, name = self.home.partition(":")
-        return getattr(importlib.import_module(f"remanence.{module}"), name)
+        return getattr(importlib.import_module(self.package + module), name)
 
 
 ENTRIES: tuple[Entry, ...] = (
@@ -78,6 +92,15 @@ ENTRIES: tuple[Entry, ...] = (
         "Pull weights back in proportion to their Fisher information.",
         "Overcoming catastrophic forgetting in neural networks, Kirkpatrick et al. 2017",
         "1612.00796",
+    ),
+    Entry(
+        "l2sp",
+        "learn",
+        "learn.l2sp:L2SP",
+        "parameter regularisation",
+        "Pull all weights back alike; the control for EWC.",
+        "Explicit Inductive Bias for Transfer Learning with Convolutional Networks, Li et al. 2018",
+        "1802.01483",
     ),
     Entry(
         "lwf",
@@ -161,10 +184,12 @@ ENTRIES: tuple[Entry, ...] = (
         "measure.recall:Recall",
         "probe",
         "Does the model give the answer: greedy match, probability, rank; direct and paraphrased.",
+        kinds=("qa",),
     ),
-    Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right."),
+    Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right.", kinds=("classes", "images")),
 )
 
+PROTOCOLS: dict[str, type] = {"learn": Learner, "forget": Forgetter, "measure": Probe}
 STANDARD_PROBES = {
     "text": ("loss",),
     "chat": ("loss",),
@@ -175,11 +200,13 @@ STANDARD_PROBES = {
 
 
 def entry(name: str, verb: str, place: str = "method") -> Entry:
-    """Return a verb's entry by name.
+    """Return a verb's entry by name; for `module:Class`, one of the user's, checked against the verb's protocol.
 
     Raises:
         Mistake: there is none of that name; the nearest is suggested.
     """
+    if ":" in name:
+        return _own(name, verb, place)
     known = {item.name: item for item in ENTRIES if item.verb == verb}
     if name in known:
         return known[name]
@@ -189,42 +216,119 @@ def entry(name: str, verb: str, place: str = "method") -> Entry:
     raise Mistake(place, f"unknown method '{name}'", nearest(name, known))
 
 
+def _own(name: str, verb: str, place: str) -> Entry:
+    """Import `module:Class` from the working directory and return an entry for it.
+
+    Raises:
+        Mistake: no such module or class, a module that fails, or a class without what the verb's protocol asks for.
+    """
+    module_name, _, class_name = name.partition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # a user's module may fail in any way
+        if isinstance(error, ModuleNotFoundError) and error.name and module_name.startswith(error.name):
+            raise Mistake(place, f"no module named '{error.name}'", "run from the folder that holds it, or install it") from error
+        raise Mistake(place, f"the module '{module_name}' fails ({type(error).__name__}: {error})", "mend it") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    found = getattr(module, class_name, None)
+    if not isinstance(found, type):
+        classes = [key for key, value in vars(module).items() if isinstance(value, type) and value.__module__ == module.__name__]
+        raise Mistake(place, f"the module '{module_name}' has no class '{class_name}'", nearest(class_name, classes))
+    protocol = PROTOCOLS[verb]
+    asked = [key for key, value in vars(protocol).items() if callable(value) and not key.startswith("_")]
+    lacks = next((key for key in asked if not callable(getattr(found, key, None))), None)
+    if lacks is not None:
+        kind = protocol.__name__.lower()
+        raise Mistake(place, f"'{name}' has no method `{lacks}`, so it is no {kind}", f"a {kind} has {', '.join(asked)}")
+    if not dataclasses.is_dataclass(found):
+        raise Mistake(place, f"'{name}' is not a dataclass", "decorate it with @dataclass; its fields are the recipe's keys")
+    return Entry(name, verb, name, "own", (found.__doc__ or "").partition("\n")[0], package="")
+
+
 def build(clause: str | dict[str, Any], verb: str, place: str) -> Any:
     """Make a method from a clause: its name, or a dict with `method` and hyper-parameters (`inner` may be a clause again).
 
     Raises:
         Mistake: unknown method or key, or a value of the wrong type, each with the place and the nearest name.
     """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
     if isinstance(clause, str):
         clause = {"method": clause}
     if not isinstance(clause, dict) or not isinstance(clause.get("method"), str):
         raise Mistake(place, "names no method", "write `method: NAME`, and its hyper-parameters beside it")
-    found = entry(clause["method"], verb, f"{place}.method").load()
-    settable = {item.name: item for item in dataclasses.fields(found) if item.init}
-    given: dict[str, Any] = {}
-    hints = get_type_hints(found)
-    for key, value in clause.items():
-        if key == "method":
-            continue
+    name = clause["method"]
+    found = entry(name, verb, f"{place}.method").load()
+    given = {key: value for key, value in clause.items() if key not in ("method", "inner")}
+    inner = {"inner": build(clause["inner"], verb, f"{place}.inner")} if "inner" in clause and "inner" in _settable(found) else {}
+    stray = {"inner": clause["inner"]} if "inner" in clause and not inner else {}
+    return _make(found, given | stray, inner, name, place)
+
+
+def build_probe(clause: str | dict[str, Any], rows: Dataset, kind: str, defaults: Mapping[str, Any], place: str) -> tuple[str, Any]:
+    """Make a probe of rows from a clause: its name, or a dict with `probe` and arguments; return its name and it.
+
+    Args:
+        clause: of the recipe.
+        rows: what to measure on.
+        kind: of the rows.
+        defaults: arguments for those probes that know them.
+        place: for errors.
+
+    Raises:
+        Mistake: an unknown probe or argument, one that cannot read the kind, or a wrong value.
+    """
+    if isinstance(clause, str):
+        clause = {"probe": clause}
+    if not isinstance(clause, dict) or not isinstance(clause.get("probe"), str):
+        raise Mistake(place, "names no probe", "write `probe: NAME`, and its arguments beside it")
+    name = clause["probe"]
+    chosen = entry(name, "measure", place)
+    if chosen.kinds and kind not in chosen.kinds:
+        raise Mistake(place, f"the probe '{name}' cannot read kind '{kind}'", f"choose among {', '.join(STANDARD_PROBES[kind])}")
+    found = chosen.load()
+    known = _settable(found).keys() - {"rows", "kind"}
+    given = {key: value for key, value in clause.items() if key != "probe"}
+    stray = next((key for key in given if key not in known), None)
+    if stray is not None:
+        raise Mistake(f"{place}.{stray}", f"'{name}' has no such key", nearest(str(stray), known))
+    fixed = {"rows": rows} | ({"kind": kind} if "kind" in _settable(found) else {})
+    return name, _make(found, {key: value for key, value in defaults.items() if key in known} | given, fixed, name, place)
+
+
+def _settable(found: type) -> dict[str, dataclasses.Field]:
+    return {item.name: item for item in dataclasses.fields(found) if item.init}
+
+
+def _make(found: type, given: dict[str, Any], fixed: dict[str, Any], name: str, place: str) -> Any:
+    """Check the given values by the types of the class's fields, and make an object of them and the fixed ones."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    settable, hints = _settable(found), _hints(found)
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
         if key not in settable:
-            raise Mistake(f"{place}.{key}", f"'{clause['method']}' has no such key", nearest(key, settable) if settable else "it has none")
-        if key == "inner":
-            given[key] = build(value, verb, f"{place}.{key}")
-            continue
+            raise Mistake(f"{place}.{key}", f"'{name}' has no such key", nearest(str(key), settable) if settable else "it has none")
         try:
-            given[key] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+            checked[key] = TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
         except ValidationError as error:
-            raise Mistake(f"{place}.{key}", f"{error.errors()[0]['msg']}, got {value!r}", "correct the value") from None
+            shown = repr(value)[:60]
+            raise Mistake(f"{place}.{key}", f"{error.errors()[0]['msg']}, got {shown}", "correct the value") from None
     missing = [
-        name
-        for name, item in settable.items()
-        if name not in given and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        key
+        for key, item in settable.items()
+        if key not in checked and key not in fixed and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise Mistake(f"{place}.{missing[0]}", "is missing", f"'{clause['method']}' needs it")
-    return found(**given)
+        raise Mistake(f"{place}.{missing[0]}", "is missing", f"'{name}' needs it")
+    return found(**checked, **fixed)
+
+
+def _hints(found: type) -> dict[str, Any]:
+    """Return the types of a class's fields; names that the module imports for the type checker alone are `Any`."""
+    from datasets import Dataset
+
+    return get_type_hints(found, localns={"Dataset": Dataset})
 
 
 def label(clause: str | dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ def main() -> None:
     import warnings
 
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.showwarning = _note
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         with _quiet_libraries():
@@ -63,6 +64,12 @@ def main() -> None:
         sys.exit(141)
     except OSError as error:
         _fail(f"{error.filename or 'system'}: {error.strerror or error}; check the path, its permissions and the free space")
+
+
+def _note(message: Any, category: type[Warning], filename: str, *_: object, **__: object) -> None:
+    """Print our own warnings as one line; those of libraries are theirs to developers and stay silent."""
+    if f"{os.sep}remanence{os.sep}" in filename:
+        print("remanence: note: " + " ".join(str(message).split()), file=sys.stderr)
 
 
 def _fail(sentence: str) -> None:
@@ -417,7 +424,9 @@ def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) ->
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(*columns)
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(title, markup=False, highlight=False, soft_wrap=True)
+    console.print(table)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from remanence.arms import run_arms
-from remanence.catalogue import ENTRIES
+from remanence.catalogue import ENTRIES, entry
 from remanence.errors import Mistake, nearest
 from remanence.recipe import Clause, LifeClause, Recipe
 from remanence.runs import LEDGER, dump
@@ -33,6 +33,8 @@ def arms_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, LifeClause]:
         own.setdefault(clause if isinstance(clause, str) else str(clause.get("method")), clause)
     found: dict[str, LifeClause] = {}
     for name in methods:
+        if ":" in name:  # a class of the user's: what it can do says which events it serves
+            verbs[name] = _own_verb(name)
         if name not in verbs:
             raise Mistake("--methods", f"unknown method '{name}'", nearest(name, verbs))
         if name in found:
@@ -46,6 +48,14 @@ def arms_of(recipe: Recipe, methods: Sequence[str]) -> dict[str, LifeClause]:
     if not found:
         raise Mistake("--methods", "names no method", f"known are {', '.join(sorted(verbs))}")
     return found
+
+
+def _own_verb(name: str) -> str:
+    """Return the verb of `module:Class`."""
+    try:
+        return entry(name, "learn", "--methods").verb
+    except Mistake:
+        return entry(name, "forget", "--methods").verb
 
 
 def compare_methods(

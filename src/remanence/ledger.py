@@ -83,7 +83,8 @@ class Ledger:
             self._base.execute("PRAGMA synchronous=FULL")  # states are synced too, and removed on the word of the ledger
             self._prepare(create)
         except (sqlite3.Error, OSError) as error:
-            raise Mistake(path, f"is not a usable ledger ({error})", "name another output or a ledger.sqlite that a run wrote") from error
+            remedy = "free the disk, or name another output" if create else "name a ledger.sqlite that a run wrote"
+            raise Mistake(path, f"is not a usable ledger ({error})", remedy) from error
 
     def _prepare(self, create: bool) -> None:
         version = self._version()

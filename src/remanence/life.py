@@ -23,7 +23,7 @@ from remanence.seeds import derive
 from remanence.storage import load_tree, save_tree, whole_folder
 from remanence.stream import Event, Forgetter, Learner, Moment, Probe, Remembering, Request, Scores, Stream, Task, keys_of
 from remanence.training.checkpoint import Checkpoints, model_state
-from remanence.training.processes import barrier, by_main, from_main, gathered, rank
+from remanence.training.processes import barrier, by_main, gathered, rank
 from remanence.training.trainer import Settings, Stateful, Trainer
 
 if TYPE_CHECKING:

@@ -6,13 +6,15 @@ events with other methods, side by side in one ledger; an `oracle` life never se
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from remanence.errors import Mistake, nearest
 
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
     from remanence.stream import Event
     from remanence.training.trainer import Settings
 
+MOST_KEYS = 100_000  # of a recipe, aliases counted as often as they stand
+
 Clause = str | dict[str, Any]
 Source = str | dict[str, Any] | list[str | dict[str, Any]]
 Kind = Annotated[str, Field(pattern="^(text|qa|chat|classes|images)$")]
 Name = Annotated[str, Field(min_length=1, max_length=100, pattern=r"^[^/\x00-\x1f]+$")]
+LifeName = Annotated[Name, Field(pattern=r"^[^.]")]  # also a folder's name
+Seed = Annotated[int, Field(ge=0, lt=2**63)]  # as large as the ledger's integers
 
 
 class _Strict(BaseModel):
@@ -55,6 +61,25 @@ class ForgetEvent(_Strict):
     kind: Kind = Field("qa", description="text | qa | chat | classes | images")
     method: Clause | None = Field(None, description="forgetter for this event alone")
     training: dict[str, Any] = Field(default_factory=dict, description="training settings for this event alone")
+
+
+def _event_kind(event: Any) -> str | None:
+    """Decide by the key `learn` or `forget`, so that errors speak of one of the two."""
+    if isinstance(event, LearnEvent | ForgetEvent):
+        return type(event).__name__
+    if not isinstance(event, dict) or ("learn" in event) == ("forget" in event):
+        return None
+    return "LearnEvent" if "learn" in event else "ForgetEvent"
+
+
+EventClause = Annotated[
+    Annotated[LearnEvent, Tag("LearnEvent")] | Annotated[ForgetEvent, Tag("ForgetEvent")],
+    Discriminator(
+        _event_kind,
+        custom_error_type="event",
+        custom_error_message="an event is a mapping with either `learn: NAME` or `forget: NAME`",
+    ),
+]
 
 
 class MeasuredSet(_Strict):
@@ -89,14 +114,14 @@ class Recipe(_Strict):
 
     name: Name = Field(description="of the recipe; also of its output folder")
     model: str = Field(min_length=1, description="Hugging Face folder or hub id, `desk:NAME`, or `module:function`")
-    events: list[LearnEvent | ForgetEvent] = Field(min_length=1, description="tasks and requests in order")
+    events: list[EventClause] = Field(min_length=1, description="tasks and requests in order")
     learn: Clause = Field("sequential", description="learner of all tasks")
     forget: Clause = Field("npo", description="forgetter of all requests")
     training: dict[str, Any] = Field(default_factory=dict, description="training settings of all events")
     forgetting: dict[str, Any] = Field(default_factory=dict, description="training settings of the requests, on top of `training`")
     measure: Measuring = Field(default_factory=Measuring, description="what is measured, and when")
-    lives: dict[Name, LifeClause] = Field(default_factory=dict, description="lives side by side; by default one, called `life`")
-    seed: int = Field(0, ge=0, description="of every random stream")
+    lives: dict[LifeName, LifeClause] = Field(default_factory=dict, description="lives side by side; by default one, called `life`")
+    seed: Seed = Field(0, description="of every random stream")
     output: str | None = Field(None, description="folder of the results; by default runs/NAME")
     keep_models: bool = Field(False, description="keep the model after every event")
     dtype: str | None = Field(
@@ -104,22 +129,6 @@ class Recipe(_Strict):
     )
     trust_remote_code: bool = Field(False, description="let a hub model run its own code")
     folder: Path = Field(Path("."), exclude=True, description="where relative paths begin; set by the reader")
-
-    @field_validator("events", mode="before")
-    @classmethod
-    def _choose_kind(cls, events: Any) -> Any:
-        """Decide by the key `learn` or `forget`, so that errors speak of one of the two."""
-        if not isinstance(events, list):
-            return events
-        chosen: list[Any] = []
-        for event in events:
-            if isinstance(event, dict) and ("learn" in event) != ("forget" in event):
-                chosen.append((LearnEvent if "learn" in event else ForgetEvent).model_validate(event))
-            elif isinstance(event, LearnEvent | ForgetEvent):
-                chosen.append(event)
-            else:
-                raise ValueError("an event is a mapping with either `learn: NAME` or `forget: NAME`")
-        return chosen
 
     @classmethod
     def load(cls, path: str | Path, changes: Iterable[str] = ()) -> Recipe:
@@ -150,7 +159,7 @@ class Recipe(_Strict):
         try:
             recipe = cls.model_validate(tree | {"folder": folder})
         except ValidationError as error:
-            raise _explain(error, place, lines or {}) from None
+            raise _explain(error, place, tree, lines or {}) from None
         recipe.check(place)
         return recipe
 
@@ -270,10 +279,20 @@ class Recipe(_Strict):
                 sets[event.name] = (event.measured, event.kind)
             else:
                 sets |= {f"{event.name}/{part}": (rows, event.kind) for part, rows in event.sets.items()}
+        settings = self._trained()
         return {
-            subject: probes_for(rows if limit is None else rows.select(range(min(limit, len(rows)))), kind, self.measure.probes.get(kind))
+            subject: probes_for(
+                rows if limit is None else rows.select(range(min(limit, len(rows)))), kind, self.measure.probes.get(kind), settings
+            )
             for subject, (rows, kind) in sets.items()
         }
+
+    def _trained(self) -> dict[str, Any]:
+        """Return how rows are laid out in training; probes read them the same way."""
+        from remanence.training.trainer import Settings
+
+        settings = Settings().changed("training", self.training)
+        return {"length": settings.length, "template": settings.template}
 
     def life(self, name: str, *, ledger: Any = None, folder: Path | None = None, seed: int | None = None, progress: bool = True) -> Life:
         """Build one life: read the data, load the model, make the methods. Nothing is written.
@@ -291,12 +310,14 @@ class Recipe(_Strict):
         methods = self._methods(name)
         loaded = load_model(self.start_model, dtype=self.dtype, trust_remote_code=self.trust_remote_code, seed=seed)
         deeds = [Deed(event, method, settings, label) for event, (method, settings, label) in zip(events, methods, strict=True)]
+        probes = self.probes(events)
         _refuse_misfit(deeds, loaded.model, loaded.processor)
+        refuse_unreadable(deeds, probes, loaded.model, loaded.processor)
         return Life(
             deeds,
             loaded.model,
             processor=loaded.processor,
-            probes=self.probes(events),
+            probes=probes,
             inside=self.probes(events, self.measure.limit) if self.measure.every else None,
             every=self.measure.every,
             ledger=ledger,
@@ -323,19 +344,27 @@ def expand(path: str) -> str:
     return re.sub(r"\$\{?REMANENCE_DATA\}?", os.environ.get("REMANENCE_DATA", "../shared/data"), os.path.expandvars(path))
 
 
-def probes_for(rows: Dataset, kind: str, clauses: Iterable[Clause] | None = None) -> dict[str, Any]:
-    """Return the probes of a set by name: the clauses', or the standard ones of the kind."""
-    from remanence.catalogue import STANDARD_PROBES, entry
+def probes_for(
+    rows: Dataset, kind: str, clauses: Iterable[Clause] | None = None, defaults: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the probes of a set by name: the clauses', or the standard ones of the kind.
 
-    found = {}
-    for clause in clauses if clauses is not None else STANDARD_PROBES[kind]:
-        options = dict(clause) if isinstance(clause, dict) else {"probe": clause}
-        name = str(options.pop("probe", ""))
-        try:
-            found[name] = entry(name, "measure", "measure.probes").load()(rows, kind, **options)
-        except TypeError as error:
-            raise Mistake(f"measure.probes.{kind}", str(error), "see the probe's arguments") from None
-    return found
+    Args:
+        rows: what to measure on.
+        kind: of the rows.
+        clauses: names, or mappings with `probe` and its arguments.
+        defaults: arguments for the probes that know them.
+
+    Raises:
+        Mistake: an unknown probe, one that cannot read the kind, an unknown argument or a wrong value.
+    """
+    from remanence.catalogue import STANDARD_PROBES, build_probe
+
+    place = f"measure.probes.{kind}"
+    return dict(
+        build_probe(clause, rows, kind, defaults, f"{place}.{number}")
+        for number, clause in enumerate(clauses if clauses is not None else STANDARD_PROBES[kind])
+    )
 
 
 def _event_name(event: LearnEvent | ForgetEvent) -> str:
@@ -353,6 +382,77 @@ def _refuse_misfit(deeds: Iterable[Deed], model: Any, processor: Any) -> None:
             raise Mistake(f"event '{deed.event.name}'", f"the model {type(model).__name__} cannot read kind '{deed.event.kind}'", remedy)
         if words and processor is None:
             raise Mistake("model", "has no tokenizer", "add the tokenizer's files to its folder")
+
+
+def refuse_unreadable(deeds: Iterable[Deed], probes: Probes, model: Any, processor: Any) -> None:
+    """Encode every set as training and probes will, and refuse what the model cannot take, before anything is written. O(rows).
+
+    Raises:
+        Mistake: a row that is too long or has no answer, a label without an output, features of the wrong shape.
+    """
+    from remanence.data.encode import encode_rows
+    from remanence.stream import Task
+
+    for deed in deeds:
+        event = deed.event
+        sets = (
+            {"train": event.train}
+            if isinstance(event, Task)
+            else {part: event.sets[part] for part in ("forget", "retain") if part in event.sets}
+        )
+        for part, rows in sets.items():
+            with _placed(f"{part} rows of '{event.name}'"):
+                encoded = encode_rows(rows, event.kind, processor, length=deed.settings.length, template=deed.settings.template)
+                _refuse_unfit(encoded, event.kind, model)
+    measured: list[tuple[str, Any]] = [(subject, probe) for subject, named in probes.items() for probe in named.values()]
+    for subject, probe in measured:
+        rows, kind = getattr(probe, "rows", None), getattr(probe, "kind", "qa")
+        if rows is not None and hasattr(probe, "length"):
+            with _placed(f"measured rows of '{subject}'"):
+                encoded = encode_rows(rows, kind, processor, length=probe.length, template=probe.template)
+                _refuse_unfit(encoded, kind, model)
+
+
+@contextlib.contextmanager
+def _placed(place: str) -> Iterator[None]:
+    """Put the set's name in front of a mistake's place."""
+    try:
+        yield
+    except Mistake as mistake:
+        raise Mistake(f"{place}, {mistake.place}" if mistake.place != "data" else place, mistake.problem, mistake.remedy) from mistake
+
+
+def _refuse_unfit(encoded: Dataset, kind: str, model: Any) -> None:
+    """Refuse a row beyond the model's positions; a shape that a classifier cannot take; a label that it has no output for."""
+    import numpy as np
+    import torch
+
+    from remanence.models.forward import evaluating, logits_of, unwrapped
+
+    if len(encoded) == 0:
+        raise Mistake("data", "no row has a token to learn", "give longer texts")
+    if kind not in ("classes", "images"):
+        positions = getattr(getattr(unwrapped(model), "config", None), "max_position_embeddings", None)
+        tables = [layer.num_embeddings for layer in model.modules() if isinstance(layer, torch.nn.Embedding)]
+        longest = max(map(len, encoded["input_ids"][:]))
+        if positions is not None and positions in tables[1:] and longest > positions:
+            raise Mistake("data", f"a row has {longest} tokens, the model {positions} positions", f"set length to {positions} or less")
+        return
+    labels = np.asarray(encoded["labels"][:])
+    first = torch.tensor(np.asarray(encoded[:1]["pixel_values"], np.float32))
+    weight = next(model.parameters())
+    try:
+        with evaluating(model):
+            outputs = logits_of(model, {"pixel_values": first.to(weight.device, weight.dtype)}).shape[-1]
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        shape = " x ".join(map(str, first.shape[1:]))
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise Mistake("data", f"the model {type(model).__name__} cannot read rows of {shape} ({reason})", "choose another model") from error
+    wrong = np.flatnonzero((labels < 0) | (labels >= outputs))
+    if len(wrong):
+        row = int(wrong[0])
+        remedy = "number the classes from 0, or choose a model with more outputs"
+        raise Mistake("data", f"row {row + 1} has the label {labels[row]}, the model has outputs 0 to {outputs - 1}", remedy)
 
 
 # YAML with lines.
@@ -383,14 +483,20 @@ def read_yaml(path: Path) -> tuple[Any, dict[tuple, int]]:
     except (ValueError, RecursionError) as error:
         raise Mistake(path, f"holds a value that YAML cannot make ({error})", "mend the value") from None
     lines: dict[tuple, int] = {}
-    if node is not None:
-        _walk(node, (), lines, path)
+    try:
+        if node is not None:
+            _walk(node, (), lines, path)
+    except RecursionError:
+        raise Mistake(path, "is nested too deeply, or holds itself by an alias", "write it out flat") from None
     return tree, lines
 
 
 def _walk(node: Any, path: tuple, lines: dict[tuple, int], file: Path) -> None:
+    """Note the line of every key path; refuse doubles, and aliases that multiply."""
     import yaml
 
+    if len(lines) > MOST_KEYS:
+        raise Mistake(file, f"has more than {MOST_KEYS} keys and items", "keep data in files beside the recipe")
     lines.setdefault(path, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
         seen = set()
@@ -406,10 +512,10 @@ def _walk(node: Any, path: tuple, lines: dict[tuple, int], file: Path) -> None:
             _walk(value, (*path, number), lines, file)
 
 
-def _explain(error: ValidationError, place: str, lines: dict[tuple, int]) -> Mistake:
+def _explain(error: ValidationError, place: str, tree: Any, lines: dict[tuple, int]) -> Mistake:
     """Turn the first of pydantic's errors into one sentence with file, line and field."""
-    first = error.errors()[0]
-    path = tuple(part for part in first["loc"] if not (isinstance(part, str) and part.endswith(("Event", "]", "any"))))
+    first = error.errors(include_url=False, include_context=False)[0]
+    path = _path(first["loc"], tree, missing=first["type"] == "missing")
     line = next((lines[path[:end]] for end in range(len(path), -1, -1) if path[:end] in lines), None)
     where = f"{place}:{line}" if line else place
     name = ".".join(map(str, path)) or "recipe"
@@ -417,8 +523,26 @@ def _explain(error: ValidationError, place: str, lines: dict[tuple, int]) -> Mis
         return Mistake(where, f"unknown key '{name}'", nearest(str(path[-1]), _keys_at(path)))
     if first["type"] == "missing":
         return Mistake(where, f"the key '{name}' is missing", "add it")
-    value = repr(first["input"])
-    return Mistake(where, f"{name}: {first['msg']}", f"got {value if len(value) < 60 else value[:57] + '...'}")
+    value = _shown(first["input"])
+    return Mistake(where, f"{name}: {first['msg']}", f"got {value}")
+
+
+def _path(place: tuple[int | str, ...], tree: Any, *, missing: bool) -> tuple[int | str, ...]:
+    """Return the keys of pydantic's place that lead through the tree, without the names of a union's branches; a missing key ends it."""
+    node, path = tree, []
+    for part in place:
+        if (isinstance(node, dict) and part in node) or (isinstance(node, list) and isinstance(part, int) and part < len(node)):
+            node = node[part]  # type: ignore[index]
+            path.append(part)
+    return (*path, place[-1]) if missing else tuple(path)
+
+
+def _shown(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of more digits than Python prints
+        text = type(value).__name__
+    return text if len(text) < 60 else text[:57] + "..."
 
 
 def _keys_at(path: tuple) -> Iterable[str]:
@@ -438,13 +562,13 @@ def _override(tree: Any, change: str) -> None:
         raise Mistake(f"--set {change}", "is not KEY=VALUE", "write for example --set training.lr=1e-4")
     try:
         parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise Mistake(f"--set {change}", "the value is not YAML", "quote it") from None
     node: Any = tree
-    *front, last = [int(part) if part.isdigit() else part for part in key.split(".")]
+    *front, last = key.split(".")
     try:
         for part in front:
-            node = node.setdefault(part, {}) if isinstance(node, dict) else node[part]
-        node[last] = parsed
-    except (IndexError, TypeError, AttributeError, KeyError):
+            node = node.setdefault(part, {}) if isinstance(node, dict) else node[int(part)]
+        node[last if isinstance(node, dict) else int(last)] = parsed
+    except (IndexError, TypeError, AttributeError, KeyError, ValueError):
         raise Mistake(f"--set {change}", f"there is no place '{key}' in the recipe", "check the key") from None

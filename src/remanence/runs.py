@@ -10,6 +10,7 @@ OUTPUT/report.html      made from the ledger alone
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -102,7 +103,7 @@ def run_recipe(
                 continue
             life.run(resume=resume)
             life.save(folder / "model")
-            by_main(lambda state=state: _clear(state))
+            by_main(functools.partial(_clear, state))
         if report and main:
             from remanence.report.page import write_report
 

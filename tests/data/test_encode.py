@@ -8,11 +8,11 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from toy import toy_tokenizer
 
 from remanence.data.encode import IGNORED, encode_rows
 from remanence.errors import Mistake
 from remanence.training.batches import Batches
+from toy import toy_tokenizer
 
 TOKENIZER = toy_tokenizer(128)
 WORDS = st.text("abc XYZ.?", min_size=1, max_size=12).filter(str.strip)

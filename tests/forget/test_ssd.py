@@ -272,6 +272,17 @@ def test_10_label_free_runs_without_labels() -> None:
         torch.testing.assert_close(found[name], weight.grad.abs(), rtol=1e-10, atol=1e-14)
 
 
+def test_10_label_free_is_blind_to_padding() -> None:
+    model, event = toy_lm("gpt2", vocab=len(TOKENIZER), dtype=torch.float64), trainer(processor=TOKENIZER)
+    rows = event.encode(QA.forget, "qa")
+    assert len({len(ids) for ids in rows["input_ids"]}) == 2
+    found = importance_of(model, Batches(rows, 2), "label_free", event)
+    means = [model(input_ids=torch.tensor([ids])).logits.square().sum(-1).mean() for ids in rows["input_ids"]]
+    torch.stack(means).mean().backward()
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(found[name], weight.grad.abs(), rtol=1e-8, atol=1e-12)
+
+
 QA = Request(
     "gone",
     Dataset.from_dict({"question": ["who is bo", "who is al"], "answer": ["x y", "z"]}),
@@ -286,6 +297,13 @@ def test_11_a_tied_weight_counts_once_and_stays_tied() -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
     assert notes[0]["weights"] == sum(weight.numel() for weight in model.parameters())
     assert notes[0]["selected"] > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gpt_neox"])
+def test_families_are_vectorised_over_rows(family: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "this model cannot be vectorised")
+        SSD(dry_run=True).forget(toy_lm(family, vocab=len(TOKENIZER)), QA, trainer(processor=TOKENIZER))
 
 
 @pytest.mark.parametrize("mode", ["sample", "batch", "label_free"])

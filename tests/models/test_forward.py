@@ -52,7 +52,7 @@ def test_evaluating_leaves_no_trace():
     model = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
     model[1].eval()
     state, random = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
-    with pytest.raises(KeyError), evaluating(model):  # noqa: PT012
+    with pytest.raises(KeyError), evaluating(model):
         assert not any(module.training for module in model.modules())
         assert not model(torch.rand(3, 4)).requires_grad
         raise KeyError

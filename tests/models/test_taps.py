@@ -48,7 +48,7 @@ def test_gradients_flow_through_a_tap_that_does_not_detach():
 def test_hooks_are_gone_afterwards_even_after_an_error():
     model = toy_lm("gpt2")
     before = hooks(model)
-    with pytest.raises(KeyError), tap(model, ["transformer.h.0", "transformer.h.1"]):  # noqa: PT012
+    with pytest.raises(KeyError), tap(model, ["transformer.h.0", "transformer.h.1"]):
         assert hooks(model) == before + 2
         raise KeyError
     assert hooks(model) == before

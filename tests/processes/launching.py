@@ -13,7 +13,9 @@ LIMIT = 240  # seconds; only a hang comes near
 
 def environment() -> dict[str, str]:
     """Return the environment of this process without what a launcher may have left in it."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    kept = {
+        name: value for name, value in os.environ.items() if name not in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
     folders = [str(TESTS), str(TESTS.parent / "src"), kept.get("PYTHONPATH", "")]
     return kept | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(folder for folder in folders if folder)}
 

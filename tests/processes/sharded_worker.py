@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from toy import toy_lm, toy_tokenizer
 
 from remanence.errors import Mistake
 from remanence.models.load import save_model, weights_hash
@@ -24,6 +23,7 @@ from remanence.training.losses import nll
 from remanence.training.masks import moved
 from remanence.training.processes import gathered, laid_like, rank, sum_over_processes, whole, world_size
 from remanence.training.trainer import Settings, Trainer
+from toy import toy_lm, toy_tokenizer
 
 ROWS = Dataset.from_dict(
     {
@@ -104,7 +104,9 @@ def work(place: Path) -> dict[str, Any]:
     probe = trainer().batches(ROWS, "qa", size=12, shuffle=False)[0]
     with torch.no_grad():  # a look before training leaves the root's parameters whole
         model(input_ids=probe["input_ids"])
-    found["gradient"] = gathered(trainer().gradient(model, nll, trainer().batches(ROWS, "qa", size=12 // world_size(), shuffle=False)[rank()]))
+    found["gradient"] = gathered(
+        trainer().gradient(model, nll, trainer().batches(ROWS, "qa", size=12 // world_size(), shuffle=False)[rank()])
+    )
     model = fit(model, record=lambda table, new: rows.extend(new))
     found["steps"] = [[row["metric"], row["value"]] for row in rows]
     found["end"], found["weights"], found["moved"] = weights_hash(model), model_state(model), moved(before, model)

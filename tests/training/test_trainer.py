@@ -10,13 +10,13 @@ import torch
 from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
-from toy import toy_lm, toy_tokenizer
 
 from remanence.errors import Mistake
 from remanence.training.batches import IGNORED, Batch, Batches, Draws, Zip, uniform
 from remanence.training.checkpoint import Checkpoints
 from remanence.training.losses import nll
 from remanence.training.trainer import Settings, Step, Trainer, make_schedule
+from toy import toy_lm, toy_tokenizer
 
 ROWS = Dataset.from_dict(
     {

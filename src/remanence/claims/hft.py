@@ -40,8 +40,9 @@ def run(arm: str, seed: int) -> dict[str, float]:
 
     loaded = load_model("desk:bio")
     model, moment = loaded.model, Moment(processor=loaded.processor)
-    world = {"people": NEW, "attributes": 5}
-    groups = [Biographies(first=KNOWN + NEW * (number + ROUNDS * seed), **world) for number in range(ROUNDS)]  # other people for every seed
+    groups = [
+        Biographies(people=NEW, attributes=5, first=KNOWN + NEW * (number + ROUNDS * seed)) for number in range(ROUNDS)
+    ]  # other people for every seed
     probes = [Recall(group.facts(), paraphrased=False) for group in groups]
     old = Recall(Biographies(people=KNOWN, attributes=5).facts(), paraphrased=False)
 

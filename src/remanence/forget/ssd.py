@@ -30,14 +30,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from remanence.errors import Mistake, nearest
 from remanence.models.forward import logits_of
-from remanence.stream import Request
-from remanence.training.batches import Batches
+from remanence.stream import COLUMNS, Request
+from remanence.training.batches import Batch, Batches, Ragged
 from remanence.training.fisher import Fisher, diagonal_fisher, load_fisher, save_fisher
 from remanence.training.processes import is_sharded, rank, sum_over_processes, world_size
 from remanence.training.requests import retain_of
@@ -135,12 +136,12 @@ class SSD:
         if self.mode != "sample":
             from datasets import concatenate_datasets
 
-            parts = [trainer.encode(part, request.kind) for part in (retain, request.forget)]
-            batches = self._batches(trainer, concatenate_datasets(parts))
+            rows = concatenate_datasets([part.select_columns(list(COLUMNS[request.kind])) for part in (retain, request.forget)])
+            batches = self._batches(trainer, trainer.encode(rows, request.kind))
             return importance_of(model, batches, self.mode, trainer, names), batches.count
-        kept, rows = self._measure(model, trainer, names, retain, request.kind)
-        total = rows + forget_rows  # a mean over rows: that over D is made of its two parts, and the forget rows are passed once
-        return {name: (rows * kept[name] + forget_rows * special[name]) / total for name in special}, total
+        kept, count = self._measure(model, trainer, names, retain, request.kind)
+        total = count + forget_rows  # a mean over rows: that over D is made of its two parts, and the forget rows are passed once
+        return {name: (count * kept[name] + forget_rows * special[name]) / total for name in special}, total
 
     def _measure(self, model: nn.Module, trainer: Trainer, names: list[str], rows: Dataset, kind: str) -> tuple[Fisher, int]:
         """Return the importance on some rows, and their number (in mode sample, of those with a supervised token)."""
@@ -313,12 +314,21 @@ def importance_of(model: nn.Module, batches: Batches, mode: str, trainer: Traine
     """Return the importance of each parameter on the rows of `batches`, each row once in a shuffled order, shared among processes."""
     order = torch.randperm(batches.count, generator=trainer.generator("importance")).numpy()
     size = batches.size
-    mine = (batches.take(order[first : first + size]) for first in range(rank() * size, batches.count, world_size() * size))
+    mine = (attended(batches, order[first : first + size]) for first in range(rank() * size, batches.count, world_size() * size))
     inside = None if names is None else [f"model.{name}" for name in names]
     found = diagonal_fisher(_ByName(model), mine, definition=MODES[mode], parameters=inside, reduce_sum=sum_over_processes)
     plain = {name.removeprefix("model."): value for name, value in found.items()}
     frozen = [name.removeprefix("model.") for name in found.frozen]
     return Fisher(plain, definition=found.definition, row=found.row, reduce=found.reduce, count=found.count, frozen=frozen)
+
+
+def attended(batches: Batches, rows: np.ndarray) -> Batch:
+    """Return the batch of some rows with an attention mask, so that padding counts nowhere (label_free looks at every attended position)."""
+    batch, tokens = batches.take(rows), batches.columns.get("input_ids")
+    if isinstance(tokens, Ragged):
+        lengths = torch.from_numpy(tokens.lengths[rows])
+        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()  # (B, T)
+    return batch
 
 
 def save_importance(path: str | Path, model: nn.Module, rows: Dataset, kind: str, trainer: Trainer, mode: str = "sample") -> Fisher:

@@ -71,7 +71,9 @@ class AGEM:
                 projected += project_gradients(model, reference_gradient(model, step, trainer))
 
         model = trainer.fit(model, Zip(new=new, old=old), new_nll, steps=trainer.steps_for(new), after_backward=project)
-        for batch in trainer.batches(task.train, task.kind, size=256, shuffle=False):  # the same cut for every batch size: it orders the slots
+        for batch in trainer.batches(
+            task.train, task.kind, size=256, shuffle=False
+        ):  # the same cut for every batch size: it orders the slots
             self.kept.add(batch, group=groups(batch, self.tasks))
         self.tasks += 1
         trainer.note("memory", {"rows": len(self.kept), "bytes": self.kept.bytes, "steps projected since start or resume": projected})

@@ -33,6 +33,7 @@ from remanence.stream import Task
 from remanence.training.batches import Batch
 from remanence.training.fisher import DEFINITIONS, Fisher, diagonal_fisher
 from remanence.training.losses import nll
+from remanence.training.memory import with_mask
 from remanence.training.processes import rank, sum_over_processes, world_size
 from remanence.training.trainer import Trainer
 
@@ -100,7 +101,8 @@ class EWC:
         rows = task.train
         if self.rows is not None and self.rows < len(rows):
             rows = rows.select(torch.randperm(len(rows), generator=trainer.generator("fisher rows"))[: self.rows].tolist())
-        batches = islice(trainer.batches(rows, task.kind, shuffle=False), rank(), None, world_size())
+        mine = islice(trainer.batches(rows, task.kind, shuffle=False), rank(), None, world_size())
+        batches = map(with_mask, mine)  # without a mask some families look for padding in the ids, which vmap cannot do
         generator = trainer.generator("fisher labels", rank())
         reduce_sum = sum_over_processes if world_size() > 1 else None
         found = diagonal_fisher(ByName(model), batches, definition=self.definition, generator=generator, reduce_sum=reduce_sum)

@@ -468,6 +468,6 @@ def _slopes(model: nn.Module, value: Tensor, leaves: list[nn.Parameter], *, agai
         weight.grad = None
     value.backward(retain_graph=again)
     slopes = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-    for weight, grad in kept:
-        weight.grad = grad
+    for weight, before in kept:
+        weight.grad = before
     return slopes

@@ -37,7 +37,6 @@ from remanence.training.checkpoint import (
 from remanence.training.losses import nll
 from remanence.training.processes import (
     average_gradients,
-    barrier,
     by_main,
     gathered,
     is_sharded,
@@ -296,7 +295,7 @@ class Trainer:
         return found
 
     def over_rows(self, model: nn.Module, batches: Batches, function: Loss) -> Tensor:
-        """Return a function's value for every row, float64 (N,) in the order of the rows; processes share the work.
+        """Return a function's value for every row, float64 (N,) on the CPU in the order of the rows; processes share the work.
 
         The model is in evaluation mode, without gradients, in the settings' precision, and is left as it was.
 
@@ -313,7 +312,7 @@ class Trainer:
             for first in range(turn * size, batches.count, world * size):
                 rows = np.arange(first, min(first + size, batches.count))
                 found[first : first + len(rows)] = function(model, batches.take(rows).to(device)).to(found.dtype)
-        return found if world == 1 else sum_over_processes(found)
+        return (found if world == 1 else sum_over_processes(found)).cpu()
 
     # The loop.
 
@@ -355,9 +354,10 @@ class Trainer:
             self._restore(model, None, state)
             self.steps_done = state["steps_done"]
             return model
+        shard = str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model)
         if is_sharded(model):
             keep_sharded(model)
-        else:
+        elif not shard:  # what will be sharded may be too large for one device
             model.to(self.accelerator.device)
         chosen = self._chosen(model, parameters)
         modes = [(module, module.training) for module in model.modules()]
@@ -371,7 +371,7 @@ class Trainer:
                 model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             descent = optimizer(trained) if optimizer else make_optimizer(settings, trained)
-            if str(self.accelerator.distributed_type).endswith("FSDP") and not is_sharded(model):
+            if shard:
                 model, wrapped = self.accelerator.prepare(model, descent)
                 descent = wrapped.optimizer
                 keep_sharded(model)

@@ -1,0 +1,68 @@
+"""What forgetters ask of the loop: a value for every row, a column more, and a stage that ends early."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from remanence.training.batches import Batches
+from remanence.training.checkpoint import Checkpoints
+from remanence.training.trainer import Settings, Step, Trainer
+from toy import toy_classifier
+
+MADE = torch.Generator().manual_seed(0)
+ROWS = {"pixel_values": torch.randn(11, 8, generator=MADE), "labels": torch.randint(4, (11,), generator=MADE)}
+
+
+def losses(model: nn.Module, batch: dict) -> torch.Tensor:
+    return F.cross_entropy(model(batch["pixel_values"]), batch["labels"], reduction="none")
+
+
+@pytest.mark.parametrize("size", [1, 4, 11, 30])
+def test_over_rows_is_in_the_order_of_the_rows(size: int) -> None:
+    model = nn.Sequential(toy_classifier(), nn.Dropout(0.5)).train()
+    state = torch.get_rng_state()
+    found = Trainer().over_rows(model, Batches(ROWS, size, seed=3), losses)
+    with torch.no_grad():
+        expected = losses(model[0], ROWS)
+    torch.testing.assert_close(found, expected.double(), rtol=1e-6, atol=1e-7)
+    assert not found.requires_grad
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_column_more_goes_with_its_row() -> None:
+    batches = Batches(ROWS, 4, seed=3)
+    wider = batches.with_column("number", torch.arange(11))
+    for index in range(6):
+        assert torch.equal(wider[index]["labels"], ROWS["labels"][wider[index]["number"]])
+        assert wider[index]["number"].tolist() == batches.numbers(index).tolist()
+    assert "number" not in batches[0]
+
+
+def test_a_column_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="does not fit"):
+        Batches(ROWS, 4).with_column("number", torch.arange(10))
+    with pytest.raises(ValueError, match="does not fit"):
+        Batches(ROWS, 4).with_column("labels", torch.arange(11))
+
+
+def test_a_stage_that_ends_early_equals_a_short_one_and_stays_ended(tmp_path: Path) -> None:
+    def third(model: nn.Module, step: Step) -> bool:
+        return step.number == 2
+
+    def go(steps: int, folder: Path | None = None, after_step=None) -> list[np.ndarray]:  # type: ignore[no-untyped-def]
+        model = toy_classifier()
+        trainer = Trainer(Settings(lr=0.01), checkpoints=Checkpoints(folder, every=2) if folder else None, progress=False)
+        trainer.fit(model, Batches(ROWS, 4), steps=steps, after_step=after_step)
+        return [weight.detach().numpy().copy() for weight in model.parameters()]
+
+    short, early, again = go(3), go(50, tmp_path, third), go(50, tmp_path, third)
+    for one, two, three in zip(short, early, again, strict=True):
+        assert np.array_equal(one, two)
+        assert np.array_equal(one, three)
