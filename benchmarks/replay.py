@@ -2,7 +2,7 @@
 
 The peer runs in an environment of its own (`.venv-avalanche`, made on first use), as one process that waits for orders, so that rounds alternate. Seconds
 are of training alone, ours with the encoding of the rows. The optimizer is plain
-SGD: the peer keeps Adam's averages from task to task and ours starts anew, which decides more than the speed. One difference stays: our memory holds rows of the
+SGD: the peer keeps the averages of Adam from task to task and ours starts anew, which decides more than the speed. One difference stays: our memory holds rows of the
 task at hand as soon as they were trained on, the peer's only those of earlier experiences. Two settings:
 - classes: several epochs per task, a memory balanced over classes;
 - online: one pass, ten rows at a time, a reservoir. The peer gets every ten rows as an experience (`split_online_stream`), its way to do that. Ours is timed
