@@ -42,7 +42,7 @@ def train(order: dict) -> dict:
     kept = ReservoirSamplingBuffer(order["memory"]) if online else ClassBalancedBuffer(order["memory"])
     strategy = Naive(
         model=model,
-        optimizer=torch.optim.Adam(model.parameters(), lr=order["rate"]),
+        optimizer=torch.optim.SGD(model.parameters(), lr=order["rate"]),
         criterion=nn.CrossEntropyLoss(),
         train_mb_size=order["batch"],
         train_epochs=order["epochs"],
