@@ -34,7 +34,6 @@ TEXTUAL = dataclasses.replace(MICRO, text_characters=3_000, first_people=2, firs
 def _cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr(desk, "THREADS", 1)
         yield
 
 
@@ -153,7 +152,6 @@ def test_every_field_of_the_specification_makes_another_folder():
 
 def _ask(gate, cache: str, report) -> None:
     os.environ["XDG_CACHE_HOME"] = cache
-    desk.THREADS = 1
     made = []
     real = desk._make
 

@@ -56,7 +56,7 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 LENGTH = 256  # positions that the models are made for
 PIECES = r"Q:|\nA:| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # merges stay inside a piece
 WORLD_WEIGHT = 300  # how often the world's words count beside the documentation's, so that they become whole tokens first
-THREADS = 2  # of training, where there are as many cores; fixed, since sums depend on it in their last bit
+THREADS = 1  # of training; fixed, for sums may depend on it, and two that wait for each other on a busy machine take four times the CPU time
 SAMPLE, CHECK_EVERY = 500, 20  # rows of the quick check, steps between two
 
 
@@ -129,7 +129,7 @@ class DeskSpec:
 
 
 SPECS = {
-    "bio": DeskSpec(people=120, width=96, ffn=256, steps=300),
+    "bio": DeskSpec(people=120, width=96, ffn=256, steps=300, enough=1.0),
     "week": DeskSpec(people=400, steps=360, first_people=50, first_steps=50, text_characters=100_000),
 }
 NAMES = tuple(SPECS)
@@ -188,7 +188,7 @@ def content_hash(spec: DeskSpec, seed: int) -> str:
         tokenizers.__version__,
         platform.machine(),
         torch.backends.cpu.get_cpu_capability(),
-        _threads(),
+        THREADS,
     ]
     parts += [platform.python_version() if spec.text_characters else ""]  # the documentation is that of this Python
     return hashlib.sha256("\x1f".join(map(str, parts)).encode()).hexdigest()[:16]
@@ -377,15 +377,10 @@ def _spec(name: str | DeskSpec) -> DeskSpec:
     return SPECS[plain]
 
 
-def _threads() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(THREADS, cores)
-
-
 @contextlib.contextmanager
 def _fixed_threads() -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(_threads())
+    torch.set_num_threads(THREADS)
     try:
         yield
     finally:
