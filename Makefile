@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint docs bench claims torture clean
 
@@ -43,4 +44,4 @@ torture: $(VENV)/dev ## kill a run at 100 random instants, resume it, compare
 	$(BIN)/python -m benchmarks.torture
 
 clean: ## remove what these targets made here
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) .venv-avalanche runs site

@@ -37,6 +37,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.showwarning = _note
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin for each other on a busy machine take many times the time
     try:
         with _quiet_libraries():
             if "ACCELERATE_USE_CPU" in os.environ:
