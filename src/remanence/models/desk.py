@@ -56,7 +56,7 @@ PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
 LENGTH = 256  # positions that the models are made for
 PIECES = r"Q:|\nA:| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # merges stay inside a piece
 WORLD_WEIGHT = 300  # how often the world's words count beside the documentation's, so that they become whole tokens first
-THREADS = 1  # of training; fixed, for sums may depend on it, and two that wait for each other on a busy machine take four times the CPU time
+THREADS = 1  # of training; fixed, for sums may depend on it, and two waiting for each other on a busy machine cost four times as much
 SAMPLE, CHECK_EVERY = 500, 20  # rows of the quick check, steps between two
 
 
@@ -173,14 +173,14 @@ def cache() -> Path:
 def content_hash(spec: DeskSpec, seed: int) -> str:
     """Return 16 hexadecimal digits over all that decides about a model's bits: specification, seed, sources, versions, kind of processor."""
     import sys
+    from importlib.metadata import version
 
     import tokenizers
     import transformers
 
-    import remanence
     from remanence.data import biographies, encode, pythondocs
 
-    parts = [json.dumps(dataclasses.asdict(spec), sort_keys=True), seed, remanence.__version__]
+    parts = [json.dumps(dataclasses.asdict(spec), sort_keys=True), seed, version("remanence")]
     parts += [inspect.getsource(module) for module in (sys.modules[__name__], biographies, encode, pythondocs)]
     parts += [
         torch.__version__,
