@@ -212,7 +212,7 @@ def _sum_of_squares(weight: Tensor, uses: Sequence[tuple[Use, str, Tensor]], row
         here = slice(start, start + step)
         first, *others = (_by_row(use.layer, local, use.given[here], slope[here].to(wide)) for use, local, slope in uses)
         each = sum(others, first)
-        total += each.square().sum(dim=0).reshape(total.shape)
+        total += each.square_().sum(dim=0).reshape(total.shape)
     return total
 
 
