@@ -158,7 +158,8 @@ def _encode_images(rows: Dataset, kind: str, processor: Any) -> Dataset:
     inner = datasets.Value("float32")
     shape: Any = datasets.Sequence(inner) if example.ndim == 1 else getattr(datasets, f"Array{example.ndim}D")(example.shape, "float32")
     features = datasets.Features({"pixel_values": shape, "labels": datasets.Value("int64")})
-    return rows.map(convert, batched=True, batch_size=256, remove_columns=rows.column_names, features=features)
+    named = f"{derive(rows._fingerprint, kind, FORMAT):016x}"  # by content, as in `encode_rows`
+    return rows.map(convert, batched=True, batch_size=256, remove_columns=rows.column_names, features=features, new_fingerprint=named)
 
 
 def _pixels(batch: dict[str, list], processor: Any) -> dict[str, Any]:

@@ -20,12 +20,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from remanence.errors import Mistake, nearest
+from remanence.models.forward import logits_of
 from remanence.seeds import derive
 from remanence.stream import Request, Task
-from remanence.training.batches import Batch, Draws, Zip
+from remanence.training.batches import IGNORED, Batch, Draws, Zip
 from remanence.training.losses import nll
 from remanence.training.memory import MEMORIES, BalancedMemory, ReservoirMemory, groups, make_memory
 from remanence.training.trainer import Step, Trainer
@@ -89,6 +93,27 @@ class Replay:
 
 
 def replay_nll(model: nn.Module, batch: Batch) -> Tensor:
-    """Return the mean loss of the new batch plus the mean loss of the old one, where there is one."""
-    new = nll(model, batch["new"])
-    return new + nll(model, batch["old"]) if "old" in batch else new
+    """Return the mean loss of the new batch plus the mean loss of the old one, where there is one; in one pass over both where their shapes allow it."""
+    new = batch["new"]
+    if "old" not in batch:
+        return nll(model, new)
+    old = batch["old"]
+    if not joinable(model, new, old):
+        return nll(model, new) + nll(model, old)
+    both = {name: torch.cat([value, old[name]]) for name, value in new.items()}
+    logits, labels = logits_of(model, both), both["labels"]
+    if labels.dim() == 1:
+        each = functional.cross_entropy(logits, labels, reduction="none")
+        return each[: len(new["labels"])].sum() / new.rows + each[len(new["labels"]) :].sum() / old.rows
+    each = functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="none")
+    border = new["labels"][:, 1:].numel()
+    return each[:border].sum() / new.tokens + each[border:].sum() / old.tokens
+
+
+def joinable(model: nn.Module, new: Batch, old: Batch) -> bool:
+    """Return whether two batches can share a forward pass: equal columns, and no batch norm that would mix their statistics."""
+    if new.keys() != old.keys() or any(
+        value.shape[1:] != old[name].shape[1:] or value.dtype != old[name].dtype for name, value in new.items()
+    ):
+        return False
+    return not any(layer.training and isinstance(layer, _BatchNorm) for layer in model.modules())

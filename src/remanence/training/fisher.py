@@ -21,6 +21,9 @@ batch size differ by orders of magnitude: report `Fisher.trace` beside every lam
 Sources: Martens (arXiv 1412.1193) for exact, sampled and empirical; Foster et al. (arXiv 2308.07707) for batched; Foster et al.
 (arXiv 2402.19308) for label_free.
 
+`sampled` and `empirical` take their squares from one pass forward and back over many rows, by `training.row_gradients`, where the model's layers allow it; the
+first two rows are checked against plain backward passes. Elsewhere, and for `exact`, rows go through vmap.
+
 Memory: one accumulator of the model's size, and `chunk` gradients at a time.
 """
 
@@ -42,10 +45,12 @@ from transformers import PreTrainedModel
 from remanence.errors import Mistake, nearest
 from remanence.storage import digest_tensors, load_tree, save_tree
 from remanence.training.processes import exchanged, from_main, is_sharded, keep_sharded, whole
+from remanence.training.row_gradients import RowGradients, Unsuited, agrees
 
 DEFINITIONS = ("exact", "sampled", "empirical", "batched", "label_free")
 GRADIENT_BYTES = 2**28  # what per-row gradients may take at a time when `chunk` is not given ...
 GRADIENTS = 128  # ... and how many, since activations grow with them too
+ROWS = 256  # rows in one pass where gradients follow from layers' inputs and outputs, and these fit `GRADIENT_BYTES`
 
 
 class Fisher(dict[str, Tensor]):
@@ -96,7 +101,7 @@ def diagonal_fisher(
         generator: draws the labels of `sampled`.
         row: a language model's row loss is the "mean" or the "sum" over its supervised tokens.
         reduce: "mean" over rows (batches for `batched` and `label_free`), or their "sum".
-        chunk: gradients held at a time; 1 goes row by row without vmap; `None`: as many as fit `GRADIENT_BYTES`, at most `GRADIENTS`.
+        chunk: rows or gradients held at a time; 1 goes row by row by plain backward passes; `None`: as many as fit `GRADIENT_BYTES`.
         progress: called after each batch with the number of batches done.
         reduce_sum: sums a tensor over processes (all-reduce), whose batches are then taken as different ones; applied to every sum and to the count.
 
@@ -120,6 +125,11 @@ def diagonal_fisher(
         keep_sharded(model)
         batches, reduce_sum, chunk = exchanged(batches) if reduce_sum is not None else batches, None, 1
     chosen, frozen = _choose(model, parameters)
+    quick = (
+        None
+        if sharded or chunk == 1 or definition not in ("sampled", "empirical")
+        else _Quick(model, chosen, ROWS if chunk is None else chunk)
+    )
     if chunk is None:
         size = sum(weight.numel() * weight.element_size() for weight in chosen.values())
         chunk = min(GRADIENTS, max(1, GRADIENT_BYTES // size))
@@ -128,10 +138,10 @@ def diagonal_fisher(
     totals = {name: torch.zeros_like(weight, dtype=_wide(weight)) for name, weight in chosen.items()}
     count = 0
     device = next(iter(chosen.values())).device
-    with _still(model, eager=chunk > 1 and definition in ("exact", "sampled", "empirical")):
+    with _still(model, eager=False):
         for number, batch in enumerate(batches, start=1):
             rows = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor) and value.ndim}
-            count += _add_batch(model, chosen, totals, rows, definition, row, generator, chunk)
+            count += _add_batch(model, chosen, totals, rows, definition, row, generator, chunk, quick)
             if progress is not None:
                 progress(number)
     counted = torch.tensor(count, dtype=torch.int64, device=device)
@@ -253,6 +263,7 @@ def _add_batch(
     row: str,
     generator: torch.Generator | None,
     chunk: int,
+    quick: _Quick | None,
 ) -> int:
     """Add a batch's share to `totals`; return what it counts for."""
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -272,9 +283,9 @@ def _add_batch(
             total += wide.abs() if definition == "label_free" else wide.square()
         return 1
     if definition == "sampled":
-        targets = _draw_labels(model, inputs, at, chunk, cast(torch.Generator, generator))
+        targets = _draw_labels(model, inputs, at, max(chunk, quick.step if quick else 1), cast(torch.Generator, generator))
         targets = from_main(targets) if is_sharded(model) else targets
-    _add_rows(model, chosen, totals, inputs, (at, targets, weights), definition == "exact", chunk)
+    _add_rows(model, chosen, totals, inputs, (at, targets, weights), definition == "exact", chunk, quick)
     return len(targets)
 
 
@@ -355,6 +366,7 @@ def _add_rows(
     supervised: Supervision,
     exact: bool,
     chunk: int,
+    quick: _Quick | None,
 ) -> None:
     """Add the squared gradients of single rows to `totals`, `chunk` gradients at a time."""
     size = len(supervised[0])
@@ -364,19 +376,20 @@ def _add_rows(
         rows = {name: value[here] if len(value) == size else value for name, value in inputs.items()}
         return rows, (supervised[0][here], supervised[1][here], supervised[2][here])
 
-    done = 0
-    if chunk > 1:
+    done = quick.add(totals, part, size) if quick is not None else 0
+    if chunk > 1 and done < size:
         step = chunk
         if exact:  # each row needs Q V gradients
             rows, (at, _, _) = part(0, 1)
             with torch.no_grad():
                 step = max(1, chunk // _logits(model(**rows), at).numel())
         try:
-            while done < size:
-                squares = squared_by_row(model, chosen, *part(done, done + step), exact, max(1, chunk // step))
-                for name, square in squares.items():
-                    totals[name] += square
-                done += step
+            with _still(model, eager=True):
+                while done < size:
+                    squares = squared_by_row(model, chosen, *part(done, done + step), exact, max(1, chunk // step))
+                    for name, square in squares.items():
+                        totals[name] += square
+                    done += step
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -386,6 +399,61 @@ def _add_rows(
             warnings.warn(f"this model cannot be vectorised over rows, going row by row ({reason})", stacklevel=2)
     for number in range(done, size):
         _add_one_row(model, chosen, totals, *part(number, number + 1), exact)
+
+
+class _Quick:
+    """Take many rows in one pass for as long as that agrees with plain backward passes over single rows.
+
+    Args:
+        model: the model.
+        chosen: parameters by name.
+        limit: rows in one pass at most.
+    """
+
+    def __init__(self, model: nn.Module, chosen: dict[str, nn.Parameter], limit: int):
+        self.model, self.chosen, self.limit, self.step = model, chosen, limit, 1
+        self.checked, self.layers = 0, frozenset[nn.Module]()
+        self.rows: RowGradients | None = None
+        with contextlib.suppress(Unsuited):
+            self.rows = RowGradients(model, chosen)
+
+    def add(self, totals: dict[str, Tensor], part: Callable[[int, int], tuple[dict[str, Tensor], Supervision]], size: int) -> int:
+        """Add the rows 0 .. size - 1 of a batch to `totals`; return how many were added before the model turned out to be unsuited."""
+        done = 0
+        while self.rows is not None and done < size:
+            check = self.checked < min(2, size - done)  # a single row cannot show whether rows touch each other
+            stop = min(size, done + (min(2, size - done) if check else self.step))
+            inputs, (at, targets, weights) = part(done, stop)
+
+            def losses(inputs: dict[str, Tensor] = inputs, at: Tensor = at, targets: Tensor = targets, weights: Tensor = weights) -> Tensor:
+                return _value(_logits(self.model(**inputs), at), targets, weights, "empirical")
+
+            try:
+                squares = self.rows.squares(losses, stop - done)
+            except Unsuited:
+                self.rows = None
+                break
+            except torch.OutOfMemoryError:
+                if check or self.step == 1:
+                    raise
+                self.step //= 2
+                continue
+            if check:
+                plain = {name: torch.zeros_like(total) for name, total in totals.items()}
+                for number in range(done, stop):
+                    _add_one_row(self.model, self.chosen, plain, *part(number, number + 1), False)
+                if not agrees(squares, plain, self.chosen):
+                    self.rows = None
+                    break
+                self.checked, self.layers = stop - done, self.rows.layers
+                self.step = min(self.limit, max(1, GRADIENT_BYTES // max(1, self.rows.row_bytes)))
+            elif self.rows.layers != self.layers:  # a layer that was not checked
+                self.rows = None
+                break
+            for name, square in squares.items():
+                totals[name] += square
+            done = stop
+        return done
 
 
 def squared_by_row(
