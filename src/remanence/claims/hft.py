@@ -43,8 +43,8 @@ def run(arm: str, seed: int) -> dict[str, float]:
     groups = [
         Biographies(people=NEW, attributes=5, first=KNOWN + NEW * (number + ROUNDS * seed)) for number in range(ROUNDS)
     ]  # other people for every seed
-    probes = [Recall(group.facts(), paraphrased=False) for group in groups]
-    old = Recall(Biographies(people=KNOWN, attributes=5).facts(), paraphrased=False)
+    probes = [Recall(group.facts(), paraphrased=False, ranked=False) for group in groups]
+    old = Recall(Biographies(people=KNOWN, attributes=5).facts(), paraphrased=False, ranked=False)
 
     def recall(probe: Recall) -> float:
         return probe.measure(model, moment).values["exact"]

@@ -57,6 +57,7 @@ class Recall:
         rows: of kind qa.
         limit: look at this many rows only, a fixed random choice (the same at every moment and in every run).
         paraphrased: ask the paraphrased questions too, where there are any.
+        ranked: weigh the answer against the perturbed ones too, where there are any.
         batch_size: questions per forward pass.
         length: longest question with answer, in tokens.
         template: how question and answer are laid out; the one that was trained with.
@@ -68,6 +69,7 @@ class Recall:
     rows: Dataset
     limit: int | None = None
     paraphrased: bool = True
+    ranked: bool = True
     batch_size: int = 64
     length: int = 256
     template: str = TEMPLATE
@@ -86,7 +88,7 @@ class Recall:
             chosen = np.sort(numpy_generator("recall", count).permutation(count)[: self.limit])
         names = item_names(self.rows)
         object.__setattr__(self, "_items", [names[number] for number in chosen])
-        object.__setattr__(self, "_asked", unroll(self.rows, chosen, self.paraphrased))
+        object.__setattr__(self, "_asked", unroll(self.rows, chosen, self.paraphrased, self.ranked))
 
     def measure(self, model: nn.Module, at: Moment) -> Scores:
         """Return the means over rows and each row's values."""
@@ -129,7 +131,7 @@ class Recall:
         }
 
 
-def unroll(rows: Dataset, chosen: np.ndarray, paraphrased: bool) -> Questions:
+def unroll(rows: Dataset, chosen: np.ndarray, paraphrased: bool, ranked: bool) -> Questions:
     """Lay out the chosen rows' questions, paraphrases and perturbed answers as one flat set of kind qa.
 
     Raises:
@@ -143,7 +145,7 @@ def unroll(rows: Dataset, chosen: np.ndarray, paraphrased: bool) -> Questions:
     flat = list(direct)
     if paraphrased and "paraphrases" in plain.column_names:
         flat += [(PARAPHRASED, n, other, answer[n]) for n, others in enumerate(plain["paraphrases"]) for other in others or ()]
-    if "perturbed_answers" in plain.column_names:
+    if ranked and "perturbed_answers" in plain.column_names:
         flat += [(PERTURBED, n, question[n], other) for n, others in enumerate(plain["perturbed_answers"]) for other in others or ()]
     for role, n, asked, said in flat:
         part = "question" if not (asked or "").strip() else "answer" if not (said or "").strip() else None
