@@ -95,7 +95,7 @@ class Measuring(_Strict):
     every: int = Field(
         0, ge=0, description="optimizer steps between two measurements inside an event; 0: only before the first event and after each"
     )
-    limit: int | None = Field(None, ge=1, description="rows per set inside an event (the first ones); all rows after it")
+    limit: int | None = Field(None, ge=1, description="rows per set inside an event, evenly spaced; all rows after it")
     sets: dict[Name, MeasuredSet] = Field(default_factory=dict, description="sets beside those of the events")
     probes: dict[Kind, list[Clause]] = Field(default_factory=dict, description="probes per kind; by default those of the kind")
 
@@ -281,9 +281,7 @@ class Recipe(_Strict):
                 sets |= {f"{event.name}/{part}": (rows, event.kind) for part, rows in event.sets.items()}
         settings = self._trained()
         return {
-            subject: probes_for(
-                rows if limit is None else rows.select(range(min(limit, len(rows)))), kind, self.measure.probes.get(kind), settings
-            )
+            subject: probes_for(_sample(rows, limit), kind, self.measure.probes.get(kind), settings)
             for subject, (rows, kind) in sets.items()
         }
 
@@ -366,6 +364,13 @@ def probes_for(
         build_probe(clause, rows, kind, defaults, f"{place}.{number}")
         for number, clause in enumerate(clauses if clauses is not None else STANDARD_PROBES[kind])
     )
+
+
+def _sample(rows: Dataset, limit: int | None) -> Dataset:
+    """Return at most `limit` rows, evenly spaced, so that a set made of several parts is seen in all of them."""
+    if limit is None or limit >= len(rows):
+        return rows
+    return rows.select([number * len(rows) // limit for number in range(limit)])
 
 
 def _event_name(event: LearnEvent | ForgetEvent) -> str:
