@@ -191,6 +191,7 @@ class Life:
             record=lambda table, rows: self._write(table, [{"event": number} | row for row in rows]),
             watch=watch if self.every else None,
             progress=self.progress,
+            tracked=(self.run_id.replace("/", "-"), (self.ledger.path.parent if self.ledger else Path("runs")) / "trackers"),
         )
 
     def _history(self, number: int) -> Sequence[Deed]:

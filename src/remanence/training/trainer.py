@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -189,6 +190,7 @@ class Trainer:
         watch: called as `watch(model, step)` after every optimizer step, `step` counted over the event's stages; `True` ends the stage.
         progress: draw a bar for whatever takes more than a second or two.
         accelerator: of Accelerate; by default this process's one.
+        tracked: name of the run and folder, for trackers.
     """
 
     def __init__(
@@ -205,11 +207,13 @@ class Trainer:
         watch: Callable[[nn.Module, int], bool | None] | None = None,
         progress: bool = True,
         accelerator: Accelerator | None = None,
+        tracked: tuple[str, Path] = ("remanence", Path("runs/trackers")),
     ):
         self.settings = settings or Settings()
         self.processor, self.seed, self.name, self.owner, self.history = processor, seed, name, owner, tuple(history)
         self.accelerator = accelerator or shared_accelerator()
         self.steps_done = 0
+        self._tracked = tracked
         self._checkpoints, self._record, self._watch, self._progress = checkpoints, record, watch, progress
         self._stage = 0
         self._only: frozenset[str] | None = None
@@ -257,6 +261,14 @@ class Trainer:
         """Append rows to a table of the ledger, if there is one."""
         if self._record is not None and self.is_main:
             self._record(table, rows)
+
+    def track(self, values: dict[str, float], step: int) -> None:
+        """Send numbers to the settings' trackers, under the event's name."""
+        from remanence.training.trackers import open_tracker
+
+        for kind in self.settings.trackers:
+            run, folder = self._tracked
+            open_tracker(kind, run, folder).log({f"{self.name}/{key}": value for key, value in values.items()}, step=step)
 
     @property
     def is_main(self) -> bool:
@@ -606,11 +618,8 @@ class _Log:
                 if value is not None:
                     rows.append({"stage": self.stage, "step": number, "metric": metric, "value": value})
         trainer.record("steps", rows)
-        if trainer.settings.trackers:
-            number = self.rows[-1][0]
-            trainer.accelerator.log(
-                {f"{trainer.name}/loss": losses[-1], f"{trainer.name}/rate": self.rows[-1][2]}, step=self.first + number
-            )
+        if trainer.settings.trackers and trainer.is_main:
+            trainer.track({"loss": losses[-1], "rate": self.rows[-1][2]}, self.first + self.rows[-1][0] + 1)
         self._draw(self.rows[-1][0] + 1, losses[-1], self.rows[-1][2])
         self.rows.clear()
 
