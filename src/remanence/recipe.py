@@ -434,18 +434,20 @@ def _refuse_unfit(encoded: Dataset, kind: str, model: Any) -> None:
     import torch
 
     from remanence.models.forward import evaluating, logits_of, unwrapped
+    from remanence.training.batches import Batches
 
     if len(encoded) == 0:
         raise Mistake("data", "no row has a token to learn", "give longer texts")
     if kind not in ("classes", "images"):
         positions = getattr(getattr(unwrapped(model), "config", None), "max_position_embeddings", None)
         tables = [layer.num_embeddings for layer in model.modules() if isinstance(layer, torch.nn.Embedding)]
-        longest = max(map(len, encoded["input_ids"][:]))
+        longest = int(Batches(encoded, 1).columns["input_ids"].lengths.max())  # type: ignore[union-attr]
         if positions is not None and positions in tables[1:] and longest > positions:
             raise Mistake("data", f"a row has {longest} tokens, the model {positions} positions", f"set length to {positions} or less")
         return
-    labels = np.asarray(encoded["labels"][:])
-    first = torch.tensor(np.asarray(encoded[:1]["pixel_values"], np.float32))
+    columns = Batches(encoded, 1)
+    labels = columns.columns["labels"].numpy()  # type: ignore[union-attr]
+    first = columns.take(np.zeros(1, np.int64))["pixel_values"]
     weight = next(model.parameters())
     try:
         with evaluating(model):
