@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from remanence.data.encode import IGNORED, encode_rows
+from remanence.data.encode import IGNORED, encode_rows, feature_columns
 from remanence.errors import Mistake
 from remanence.training.batches import Batches
 from toy import toy_tokenizer
@@ -73,3 +73,28 @@ def test_features_become_pixel_values() -> None:
     (batch,) = Batches(encode_rows(rows, "classes", None), 3)
     assert batch["pixel_values"].tolist() == np.arange(12.0).reshape(3, 2, 2).tolist()
     assert batch["labels"].tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("chosen", [None, [4, 0, 2], [1]])
+@pytest.mark.parametrize("typed", [True, False])
+def test_features_straight_from_arrow_equal_the_encoded_ones(chosen: list[int] | None, typed: bool) -> None:
+    import datasets
+
+    made = np.random.default_rng(0).normal(size=(5, 3, 2)).astype(np.float32)
+    form = datasets.Features({"features": datasets.Array2D((3, 2), "float32"), "label": datasets.Value("int64")}) if typed else None
+    rows = datasets.concatenate_datasets(
+        [
+            Dataset.from_dict({"features": made[part].tolist(), "label": list(range(5))[part]}, features=form)
+            for part in (slice(2), slice(2, 5))
+        ]
+    )
+    rows = rows if chosen is None else rows.select(chosen)
+    (wanted,) = Batches(encode_rows(rows, "classes", None), 9)
+    found = feature_columns(rows)
+    assert found is not None
+    assert found["pixel_values"].tolist() == wanted["pixel_values"].tolist()
+    assert found["labels"].tolist() == wanted["labels"].tolist()
+
+
+def test_features_of_several_shapes_are_left_to_the_slow_way() -> None:
+    assert feature_columns(Dataset.from_dict({"features": [[1.0], [1.0, 2.0]], "label": [0, 1]})) is None

@@ -24,6 +24,7 @@ from remanence.stream import check_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from torch import Tensor
 
 IGNORED = -100
 FORMAT = 1  # raise it when the same rows shall give other inputs: encoded sets in the cache start anew
@@ -141,6 +142,36 @@ def _turns(row: dict[str, Any], tokenizer: Any, length: int) -> dict[str, list]:
         labels += new if message["role"] == "assistant" else [IGNORED] * len(new)
         ids = whole
     return {"input_ids": ids[:length], "labels": labels[:length]}
+
+
+def feature_columns(rows: Dataset) -> dict[str, Tensor] | None:
+    """Return `pixel_values` (N, ...) float32 and `labels` (N,) int64 of rows of kind classes, straight out of Arrow.
+
+    The same numbers as `encode_rows` in a hundredth of the time, which counts where a stream arrives in handfuls of rows. `None` where the features are not
+    of one shape, or are missing somewhere.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import torch
+
+    chosen = None if rows._indices is None else rows._indices.column(0).to_numpy()
+    values, shape = rows.data.column("features").combine_chunks(), []
+    if isinstance(values, pa.ExtensionArray):
+        values = values.storage
+    while pa.types.is_list(values.type) or pa.types.is_large_list(values.type) or pa.types.is_fixed_size_list(values.type):
+        ends = pc.min_max(pc.list_value_length(values))
+        if values.null_count or ends["min"].as_py() != ends["max"].as_py():
+            return None
+        shape.append(ends["min"].as_py())
+        values = values.flatten()
+    labels = rows.data.column("label")
+    if values.null_count or labels.null_count or not len(labels):
+        return None
+    features, classes = values.to_numpy(zero_copy_only=False).reshape(-1, *shape), labels.to_numpy()
+    if chosen is not None:
+        features, classes = features[chosen], classes[chosen]
+    # copies: Arrow's memory is read-only
+    return {"pixel_values": torch.from_numpy(features.astype(np.float32)), "labels": torch.from_numpy(classes.astype(np.int64))}
 
 
 def _encode_images(rows: Dataset, kind: str, processor: Any) -> Dataset:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from remanence.data.encode import TEMPLATE, encode_rows
+from remanence.data.encode import TEMPLATE, encode_rows, feature_columns
 from remanence.errors import Mistake, nearest
 from remanence.models.forward import evaluating
 from remanence.seeds import derive, generator
@@ -227,7 +227,10 @@ class Trainer:
     def batches(self, rows: Dataset, kind: str, *, stream: str = "task", size: int | None = None, shuffle: bool = True) -> Batches:
         """Return shuffled batches of rows; the order depends on the event's seed and the stream's name alone, so all methods see the same."""
         pad = getattr(self.processor, "pad_token_id", None) or 0
-        return Batches(self.encode(rows, kind), size or self.settings.batch_size, seed=derive(self.seed, stream), shuffle=shuffle, pad=pad)
+        plain = feature_columns(rows) if kind == "classes" else None
+        return Batches(
+            plain or self.encode(rows, kind), size or self.settings.batch_size, seed=derive(self.seed, stream), shuffle=shuffle, pad=pad
+        )
 
     def steps_for(self, batches: Batches) -> int:
         """Return the optimizer steps that the settings ask for on these batches."""
