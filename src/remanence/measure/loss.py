@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remanence.data.encode import TEMPLATE, encode_rows
+from remanence.data.encode import TEMPLATE, encode_rows, feature_columns
 from remanence.errors import Mistake
 from remanence.models.forward import INPUTS, evaluating, logits_of, unwrapped
 from remanence.stream import Moment, Scores, check_rows
@@ -105,7 +105,9 @@ def check_size(place: str, size: int) -> None:
 def encoded(kept: dict[int, tuple[Any, Batches]], processor: Any, rows: Dataset, kind: str, length: int, template: str) -> Batches:
     """Return the encoded rows, encoding them when this processor comes for the first time."""
     if id(processor) not in kept:  # the processor is kept too, so that no other one gets its id
-        kept[id(processor)] = processor, Batches(encode_rows(rows, kind, processor, length=length, template=template), 1, shuffle=False)
+        plain = feature_columns(rows) if kind == "classes" else None
+        inputs = plain or encode_rows(rows, kind, processor, length=length, template=template)
+        kept[id(processor)] = processor, Batches(inputs, 1, shuffle=False)
     return kept[id(processor)][1]
 
 
