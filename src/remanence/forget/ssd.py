@@ -36,7 +36,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from remanence.errors import Mistake, nearest
-from remanence.models.forward import logits_of
+from remanence.models.forward import ByName
 from remanence.stream import COLUMNS, Request
 from remanence.training.batches import Batch, Batches, Ragged
 from remanence.training.fisher import Fisher, diagonal_fisher, load_fisher, save_fisher
@@ -287,17 +287,6 @@ def check_bound(general: Mapping[str, Tensor], special: Mapping[str, Tensor], ro
             )
 
 
-class _ByName(nn.Module):
-    """Call any model by the names of a batch's columns."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **columns: Tensor) -> Tensor:
-        return logits_of(self.model, columns)
-
-
 def chosen_names(model: nn.Module, pattern: str | None) -> list[str]:
     """Return the names of the parameters that require a gradient and match the pattern, a tied weight once.
 
@@ -316,7 +305,7 @@ def importance_of(model: nn.Module, batches: Batches, mode: str, trainer: Traine
     size = batches.size
     mine = (attended(batches, order[first : first + size]) for first in range(rank() * size, batches.count, world_size() * size))
     inside = None if names is None else [f"model.{name}" for name in names]
-    found = diagonal_fisher(_ByName(model), mine, definition=MODES[mode], parameters=inside, reduce_sum=sum_over_processes)
+    found = diagonal_fisher(ByName(model), mine, definition=MODES[mode], parameters=inside, reduce_sum=sum_over_processes)
     plain = {name.removeprefix("model."): value for name, value in found.items()}
     frozen = [name.removeprefix("model.") for name in found.frozen]
     return Fisher(plain, definition=found.definition, row=found.row, reduce=found.reduce, count=found.count, frozen=frozen)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from remanence.errors import Mistake, nearest
-from remanence.models.forward import logits_of
+from remanence.models.forward import ByName
 from remanence.stream import Task
 from remanence.training.batches import Batch
 from remanence.training.fisher import DEFINITIONS, Fisher, diagonal_fisher
@@ -108,18 +108,6 @@ class EWC:
         found = diagonal_fisher(ByName(model), batches, definition=self.definition, generator=generator, reduce_sum=reduce_sum)
         plain = {name.removeprefix("model."): value for name, value in found.items()}
         return Fisher(plain, definition=found.definition, row=found.row, reduce=found.reduce, count=found.count)
-
-
-class ByName(nn.Module):
-    """Call any model by the names of a batch's columns, as `diagonal_fisher` does."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        """Return the logits."""
-        return logits_of(self.model, batch)
 
 
 def quadratic(model: nn.Module, fisher: dict[str, Tensor], anchor: dict[str, Tensor]) -> Tensor:

@@ -83,3 +83,15 @@ def fresh_weights(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would seed the GPUs too
         yield
+
+
+class ByName(nn.Module):
+    """Call any model by the names of a batch's columns; returns the logits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, **columns: Tensor) -> Tensor:
+        """Return the logits of a batch."""
+        return logits_of(self.model, columns)
