@@ -329,7 +329,7 @@ def _filtered(rows: Dataset, column: str, wanted: Cell | list[Cell], *, keep: bo
         if pa.types.is_string(cells.type) or pa.types.is_large_string(cells.type):
             values = [str(value) for value in values]  # YAML reads 12 as a number where a CSV file holds text
         mask = pc.is_in(cells, value_set=pa.array(values, type=cells.type)).to_numpy()
-    except (pa.ArrowException, ValueError, TypeError, KeyError, NotImplementedError) as error:
+    except (pa.ArrowException, ValueError, TypeError, KeyError, OverflowError, NotImplementedError) as error:
         raise Mistake(
             f"{place}.{column}", f"{wanted!r} cannot be compared with {cells.type}", "give values as they stand in the column"
         ) from error
