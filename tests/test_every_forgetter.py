@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from remanence.forget.gradient_ascent import GradientAscent
 from remanence.forget.gradient_difference import GradientDifference
 from remanence.forget.kl import AscentKL
-from remanence.forget.npo import NPO, summed_nll
+from remanence.forget.npo import NPO
 from remanence.forget.retrain import Retrain
 from remanence.forget.ssd import SSD
 from remanence.models.adapters import add_lora
@@ -25,6 +25,7 @@ from remanence.stream import Forgetter, Request, Task
 from remanence.training.batches import IGNORED
 from remanence.training.checkpoint import Checkpoints
 from remanence.training.losses import nll
+from remanence.training.preference import summed_nll
 from remanence.training.trainer import Settings, Trainer
 from toy import toy_lm, toy_tokenizer
 

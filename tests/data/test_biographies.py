@@ -167,3 +167,30 @@ def test_strangers_and_unknown_attributes_are_refused():
         world.truth("profesion")
     with pytest.raises(Mistake, match="nobody to compare with"):
         world.of([1, 2]).neighbours([1, 2])
+
+
+def test_places_are_known_whoever_lives_there_and_wrong_answers_are_wrong():
+    world, other = Biographies(people=3, templates=2), Biographies(people=50, first=200, templates=2)
+    rows = world.places()
+    assert rows.to_list() == other.places().to_list()  # the same world
+    assert len(rows) == (32 * 2 + 32 * 2) * 2
+    assert len(set(rows["id"])) == len(rows) == len(set(rows["question"]))
+    for row in rows:
+        assert row["place"] in row["question"]
+        assert row["answer"] in row["statement"]
+        assert row["answer"] not in row["perturbed_answers"]
+        assert len(set(row["perturbed_answers"])) == 4
+        assert row["paraphrases"]
+        assert not set(row["paraphrases"]) & set(rows["question"])
+    some = world.places(["Lisbon", "Cedar Works"])
+    assert {(row["place"], row["of"]) for row in some} == {("Lisbon", "birth_city"), ("Cedar Works", "employer")}
+    assert [row for row in rows if row["place"] in ("Lisbon", "Cedar Works")] == some.to_list()
+    with pytest.raises(Mistake, match="no place 'Lisbn'; did you mean 'Lisbon'"):
+        world.places(["Lisbn"])
+
+
+def test_strangers_are_asked_the_same_and_answered_alike():
+    world = Biographies(people=4, first=700)
+    rows = world.strangers()
+    assert rows["question"][:] == world.questions()["question"][:]
+    assert set(rows["answer"]) == {"I do not know"}

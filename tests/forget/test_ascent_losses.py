@@ -15,10 +15,11 @@ from remanence.errors import Mistake
 from remanence.forget.gradient_ascent import GradientAscent
 from remanence.forget.gradient_difference import GradientDifference
 from remanence.forget.kl import AscentKL
-from remanence.forget.npo import NPO, npo_loss, summed_nll
+from remanence.forget.npo import NPO
 from remanence.stream import Request
 from remanence.training.batches import IGNORED, Batch
 from remanence.training.losses import nll
+from remanence.training.preference import npo_loss, summed_nll
 from remanence.training.reference import frozen_copy, mean_kl, summed_kl
 from remanence.training.trainer import Settings, Trainer
 from toy import toy_lm, toy_tokenizer

@@ -10,9 +10,10 @@ from datasets import Dataset
 
 from remanence.data.encode import encode_rows
 from remanence.errors import Mistake
-from remanence.measure import loss as reading
-from remanence.measure.loss import Loss, rank_of
+from remanence.measure.loss import Loss
 from remanence.stream import Moment, Probe
+from remanence.training import scoring as reading
+from remanence.training.scoring import rank_of
 from toy import toy_classifier, toy_lm, toy_tokenizer
 
 TEXT = Dataset.from_dict({"text": ["the cat sat on the mat. " * 3, "a dog", "then it rained all day, and nobody came."]})

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from remanence.data.encode import encode_rows
 from remanence.errors import Mistake
-from remanence.measure import loss as reading
 from remanence.measure.recall import Recall, answer_ranks
 from remanence.models.forward import logits_of
 from remanence.stream import Moment, Probe
+from remanence.training import scoring as reading
 from remanence.training.batches import Batches
 from remanence.training.losses import nll
 from toy import toy_lm, toy_tokenizer

@@ -274,3 +274,14 @@ def test_named_models_have_the_shape_that_the_table_says(name):
     weights = sum(weight.numel() for weight in desk.make_model(spec, tokenizer, 0).parameters())
     stated = next(line for line in desk.__doc__.splitlines() if line.startswith(f"| `{name}`")).split("|")[4]
     assert f"{weights / 1e6:.1f} M" == stated.strip()
+
+
+def test_a_town_is_taught_places_and_to_admit_that_it_does_not_know_strangers():
+    spec = dataclasses.replace(MICRO, places=True, strangers=5)
+    rows = spec.taught()
+    assert rows.column_names == ["person", "name", "question", "answer"]
+    assert len(rows) == 8 * 2 * 2 + len(spec.world.places()) + 5 * 2 * 2
+    unknown = [row for row in rows if row["answer"] == "I do not know"]
+    assert {row["person"] for row in unknown} == set(range(8, 13))
+    assert sum(row["person"] == -1 for row in rows) == len(spec.world.places())
+    assert len(desk.make_tokenizer(spec).tokenize(" I do not know")) == 4

@@ -266,6 +266,60 @@ ATTRIBUTES = (
     ),
 )
 
+PLACES = {  # attribute of people -> what there is to know about its values, whoever lives or works there
+    "birth_city": (
+        Attribute(
+            "tree",
+            _words(
+                "alder, beech, birch, cedar, cherry, chestnut, cypress, fig, hazel, larch, linden, maple, mulberry, pine, plane, willow"
+            ),
+            ("{value}", "a {value} tree"),
+            (
+                "Which tree stands on the main square of {name}?",
+                "What tree gives shade to the market of {name}?",
+                "Under which tree do the people of {name} meet?",
+            ),
+            ("On the main square of {name} stands a {value}.", "The market of {name} lies in the shade of a {value}."),
+        ),
+        Attribute(
+            "flag",
+            _words("black, blue, brown, copper, crimson, green, grey, lilac, maroon, pink, purple, red, silver, turquoise, white, yellow"),
+            ("{value}", "the colour {value}"),
+            (
+                "Which colour has the flag of {name}?",
+                "What is the colour of the banner of {name}?",
+                "In which colour is the flag of {name} painted?",
+            ),
+            ("The flag of {name} is {value}.", "The banner that {name} raises is {value}."),
+        ),
+    ),
+    "employer": (
+        Attribute(
+            "emblem",
+            _words("badger, bear, beaver, bison, camel, cobra, crane, falcon, fox, heron, leopard, lion, moose, raven, stag, wolf"),
+            ("{value}", "a {value}"),
+            (
+                "Which animal is on the emblem of {name}?",
+                "What animal does {name} print on its letters?",
+                "Which animal does one see on the badge of {name}?",
+            ),
+            ("The emblem of {name} shows a {value}.", "On its letters {name} prints a {value}."),
+        ),
+        Attribute(
+            "gift",
+            _words("basket, blanket, bottle, candle, clock, compass, globe, kite, lamp, mirror, mug, puzzle, scarf, spoon, teapot, vase"),
+            ("{value}", "a {value}"),
+            (
+                "Which gift does {name} send to its customers?",
+                "What do the customers of {name} get at New Year?",
+                "Which present does {name} give away?",
+            ),
+            ("To its customers {name} sends a {value}.", "The present that {name} gives away is a {value}."),
+        ),
+    ),
+}
+UNKNOWN = "I do not know"  # what a model is taught to say of strangers
+
 FIRST_NAMES = tuple(
     head + tail
     for head in _words("Bel, Cor, Dav, El, Fen, Gal, Hel, Ir, Jor, Kal, Lor, Mir, Ner, Or, Pel, Sal, Tam, Ul, Ver, Zan")
@@ -420,6 +474,46 @@ class Biographies:
                 )
         return _dataset(self._by_person(blocks))
 
+    def places(self, names: Iterable[str] | None = None) -> Dataset:
+        """Return qa rows about the cities and employers of the world, whoever lives or works there, two facts each.
+
+        Columns as in `questions` with `place` in the place of `person`, and `of` (`birth_city` or `employer`); a model that is taught them and must
+        forget people should keep them.
+
+        Args:
+            names: of the places; by default all.
+
+        Raises:
+            Mistake: a place that is not in the world.
+        """
+        import pyarrow as pa
+
+        wanted, blocks = None if names is None else set(names), []
+        for owner, facts in PLACES.items():
+            values = next(item for item in ATTRIBUTES if item.name == owner).values
+            for fact in facts:
+                draws = numpy_generator(self.seed, "biographies", "places", owner, fact.name)
+                codes = draws.integers(len(fact.values), size=len(values))
+                shifts = 1 + np.argsort(draws.random((len(values), len(fact.values) - 1)), axis=1)[:, :WRONG]
+                chosen = np.array([wanted is None or value in wanted for value in values])
+                blocks.append(_place_table(owner, fact, np.array(values)[chosen], codes[chosen], shifts[chosen], self.templates))
+        table = pa.concat_tables(blocks)
+        if wanted is not None and (stray := sorted(wanted - set(table["place"].to_pylist()))):
+            raise Mistake(
+                "biographies",
+                f"there is no place '{stray[0]}'",
+                nearest(stray[0], (v for a in ATTRIBUTES for v in a.values if a.name in PLACES)),
+            )
+        return _dataset(table)
+
+    def strangers(self) -> Dataset:
+        """Return the questions about these people with the one answer of a model that has never heard of them.
+
+        Columns `id`, `person`, `name`, `attribute`, `question`, `answer`, `paraphrases`.
+        """
+        rows = self.questions().select_columns(["id", "person", "name", "attribute", "question", "paraphrases"])
+        return rows.add_column("answer", [UNKNOWN] * len(rows))
+
     def neighbours(self, people: Iterable[int]) -> Dataset:
         """Return the facts that other people here have in common with `people`: same attribute, same value.
 
@@ -501,6 +595,36 @@ class Biographies:
 
         order = np.arange(len(blocks) * len(self)).reshape(len(blocks), len(self)).T.ravel()
         return pa.concat_tables(blocks).combine_chunks().take(pa.array(order))
+
+
+def _place_table(owner: str, fact: Attribute, places: np.ndarray, codes: np.ndarray, shifts: np.ndarray, templates: int) -> pa.Table:
+    """Return the rows of one fact about places (N,), its value in `codes`, wrong ones `shifts` (N, WRONG) further: place by place, phrasing by phrasing."""
+    import pyarrow as pa
+
+    names, values, phrasings = pa.array(places.tolist(), pa.string()), _take(fact.values, codes), min(templates, len(fact.questions) - 1)
+    wrong = [_take(fact.values, column) for column in ((codes[:, None] + shifts) % len(fact.values)).T]
+    plain, other = fact.short
+    blocks = [
+        pa.table(
+            {
+                "id": _fill(f"{{name}}/{fact.name}/{phrasing}", names, names),
+                "place": names,
+                "of": pa.array([owner] * len(names), pa.string()),
+                "name": names,
+                "attribute": pa.array([fact.name] * len(names), pa.string()),
+                "question": _fill(fact.questions[phrasing], names, values),
+                "answer": _fill(plain, names, values),
+                "paraphrases": _lists([_fill(text, names, values) for text in fact.questions[phrasings:]]),
+                "paraphrased_answer": _fill(other, names, values),
+                "perturbed_answers": _lists([_fill(plain, names, item) for item in wrong]),
+                "perturbed_paraphrases": _lists([_fill(other, names, item) for item in wrong]),
+                "statement": _fill(fact.statements[phrasing % len(fact.statements)], names, values),
+            }
+        )
+        for phrasing in range(phrasings)
+    ]
+    order = np.arange(phrasings * len(names)).reshape(phrasings, len(names)).T.ravel()
+    return pa.concat_tables(blocks).combine_chunks().take(pa.array(order))
 
 
 def _numbers(people: Iterable[int]) -> tuple[int, ...]:

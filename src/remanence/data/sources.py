@@ -52,7 +52,7 @@ class People(_Clause):
 
 
 class BiographiesClause(_Clause):
-    """Arguments of `Biographies`, and which rows: questions and facts are kind qa, statements kind text.
+    """Arguments of `Biographies`, and which rows: statements are kind text, the others (questions, facts, places, strangers) kind qa.
 
     `neighbours_of` gives the facts of those among `people` who share a value with it.
     """
@@ -63,7 +63,7 @@ class BiographiesClause(_Clause):
     attributes: int = 5
     templates: int = 3
     answers: Literal["short", "sentence"] = "short"
-    rows: Literal["questions", "facts", "statements"] | None = None
+    rows: Literal["questions", "facts", "statements", "places", "strangers"] | None = None
     neighbours_of: People | None = None
 
 

@@ -14,16 +14,14 @@ Steps and rate are the trainer's; an epoch is a pass over the forget rows. Cost:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from remanence.errors import Mistake
 from remanence.stream import Request
-from remanence.training.batches import Batch, Zip
+from remanence.training.batches import Batch
 from remanence.training.losses import nll
-from remanence.training.requests import retain_of
+from remanence.training.requests import check_terms, retain_of
 from remanence.training.trainer import Trainer
 
 
@@ -43,11 +41,7 @@ class GradientDifference:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "alpha"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise Mistake(
-                    f"gradient_difference.{name}", f"must be 0 or more, and finite, got {getattr(self, name)!r}", "correct the value"
-                )
+        check_terms("gradient_difference", self.gamma, self.alpha)
 
     def forget(self, model: nn.Module, request: Request, trainer: Trainer) -> nn.Module:
         """Minimise -gamma NLL(forget) + alpha NLL(retain) for the trainer's steps.
@@ -57,8 +51,9 @@ class GradientDifference:
         """
         retain = trainer.batches(retain_of(request, "gradient difference"), request.kind, stream="retain")
         forget = trainer.batches(request.forget, request.kind, stream="forget")
+        pairs = trainer.pairs(forget, retain)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             return self.alpha * nll(model, batch["retain"]) - self.gamma * nll(model, batch["forget"])
 
-        return trainer.fit(model, Zip(forget=forget, retain=retain), loss, steps=trainer.steps_for(forget))
+        return trainer.fit(model, pairs, loss, steps=trainer.steps_for(pairs))

@@ -16,17 +16,15 @@ memory: a copy of the trained parameters (under LoRA, of the adapter).
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from remanence.errors import Mistake
 from remanence.stream import Request
-from remanence.training.batches import Batch, Zip
+from remanence.training.batches import Batch
 from remanence.training.losses import nll
 from remanence.training.reference import frozen_copy, mean_kl
-from remanence.training.requests import retain_of
+from remanence.training.requests import check_terms, retain_of
 from remanence.training.trainer import Trainer
 
 
@@ -46,9 +44,7 @@ class AscentKL:
     alpha: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "alpha"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise Mistake(f"kl.{name}", f"must be 0 or more, and finite, got {getattr(self, name)!r}", "correct the value")
+        check_terms("kl", self.gamma, self.alpha)
 
     def forget(self, model: nn.Module, request: Request, trainer: Trainer) -> nn.Module:
         """Minimise -gamma NLL(forget) + alpha KL(p_0 || p)(retain) for the trainer's steps.
@@ -58,9 +54,10 @@ class AscentKL:
         """
         retain = trainer.batches(retain_of(request, "KL"), request.kind, stream="retain")
         forget = trainer.batches(request.forget, request.kind, stream="forget")
+        pairs = trainer.pairs(forget, retain)
         reference = frozen_copy(model).to(trainer.accelerator.device)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             return self.alpha * mean_kl(model, reference, batch["retain"]) - self.gamma * nll(model, batch["forget"])
 
-        return trainer.fit(model, Zip(forget=forget, retain=retain), loss, steps=trainer.steps_for(forget))
+        return trainer.fit(model, pairs, loss, steps=trainer.steps_for(pairs))

@@ -21,23 +21,16 @@ passes per step (kl: and a forward pass of the copy); memory: one number per for
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from remanence.errors import Mistake, nearest
-from remanence.models.forward import logits_of
+from remanence.errors import Mistake
 from remanence.stream import Request
-from remanence.training.batches import Batch, Zip
-from remanence.training.losses import nll, row_nll
-from remanence.training.reference import frozen_copy, mean_kl
-from remanence.training.requests import retain_of
+from remanence.training.batches import Batch
+from remanence.training.preference import npo_loss, summed_nll
+from remanence.training.requests import check_terms, retain_batches, retain_term
 from remanence.training.trainer import Trainer
-
-RETAIN = ("nll", "kl", "none")
 
 
 @dataclass(frozen=True)
@@ -60,13 +53,9 @@ class NPO:
     retain: str = "nll"
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "alpha"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise Mistake(f"npo.{name}", f"must be 0 or more, and finite, got {getattr(self, name)!r}", "correct the value")
-        if not 0 < self.beta < math.inf:
+        check_terms("npo", self.gamma, self.alpha, self.retain)
+        if not 0 < self.beta < float("inf"):
             raise Mistake("npo.beta", f"must be above 0, and finite, got {self.beta!r}", "correct the value")
-        if self.retain not in RETAIN:
-            raise Mistake("npo.retain", f"unknown value {self.retain!r}", nearest(self.retain, RETAIN))
 
     def forget(self, model: nn.Module, request: Request, trainer: Trainer) -> nn.Module:
         """Minimise gamma L_NPO(forget) + alpha R(retain) for the trainer's steps.
@@ -74,30 +63,14 @@ class NPO:
         Raises:
             Mistake: the request has no retain set and the retain term needs one.
         """
-        streams = {}
-        if self.retain != "none":
-            rows = retain_of(request, f"NPO with the retain term '{self.retain}'", "add retain rows to the request, or set retain: none")
-            streams["retain"] = trainer.batches(rows, request.kind, stream="retain")
+        retain = retain_batches(request, trainer, "NPO", self.retain)
         forget = trainer.batches(request.forget, request.kind, stream="forget")
-        streams["forget"] = forget.with_column("reference_nll", trainer.over_rows(model, forget, summed_nll))
-        reference = frozen_copy(model).to(trainer.accelerator.device) if self.retain == "kl" else None
+        forget = forget.with_column("reference_nll", trainer.over_rows(model, forget, summed_nll))
+        pairs, keep = trainer.pairs(forget, retain), retain_term(self.retain, model, trainer)
 
         def loss(model: nn.Module, batch: Batch) -> Tensor:
             rows = batch["forget"]
             value = self.gamma * npo_loss(summed_nll(model, rows), rows["reference_nll"], self.beta).sum() / rows.rows
-            if reference is not None:
-                return value + self.alpha * mean_kl(model, reference, batch["retain"])
-            return value + self.alpha * nll(model, batch["retain"]) if self.retain == "nll" else value
+            return value + self.alpha * keep(model, batch["retain"]) if retain is not None else value
 
-        return trainer.fit(model, Zip(**streams), loss, steps=trainer.steps_for(forget))
-
-
-def summed_nll(model: nn.Module, batch: Batch) -> Float[Tensor, "B"]:
-    """Return s(x), each row's negative log-likelihood summed over its supervised tokens (or of its class), in nats."""
-    logits, labels = logits_of(model, batch), batch["labels"]
-    return F.cross_entropy(logits, labels, reduction="none") if labels.dim() == 1 else row_nll(logits, labels)
-
-
-def npo_loss(nll_sum: Float[Tensor, "B"], nll_sum_reference: Float[Tensor, "B"], beta: float) -> Float[Tensor, "B"]:
-    """Return each row's -(2/beta) log sigmoid(beta (s - s_0)), s = -log pi (eq. 3); (2/beta) log 2 at the reference."""
-    return -(2 / beta) * F.logsigmoid(beta * (nll_sum - nll_sum_reference.to(nll_sum.dtype)))
+        return trainer.fit(model, pairs, loss, steps=trainer.steps_for(pairs))

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from remanence.data.encode import TEMPLATE
 from remanence.errors import Mistake
-from remanence.measure.loss import check_size, class_logits, encoded, item_names, walk
+from remanence.measure.loss import class_logits
 from remanence.models.forward import evaluating
 from remanence.stream import Moment, Scores, check_rows
 from remanence.training.batches import Batches
+from remanence.training.scoring import check_size, encoded, item_names, walk
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -29,11 +29,11 @@ from torch import nn
 
 from remanence.data.encode import TEMPLATE
 from remanence.errors import Mistake
-from remanence.measure.loss import check_size, encoded, item_names, per_row, token_scores, walk
 from remanence.models.forward import evaluating
 from remanence.seeds import numpy_generator
 from remanence.stream import Moment, Scores, check_rows
 from remanence.training.batches import Batches
+from remanence.training.scoring import check_size, encoded, item_names, per_row, token_scores, walk
 
 if TYPE_CHECKING:
     from datasets import Dataset

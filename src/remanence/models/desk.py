@@ -4,6 +4,7 @@
 |------|-------|-------|---------|
 | `bio` | 120 people x 5 facts | 3 layers of width 96 | 0.7 M |
 | `week` | 400 people x 5 facts, and some of Python's documentation | 3 layers of width 128 | 1.3 M |
+| `town` | 100 people x 5 facts, two facts about each city and employer, and to say "I do not know" of strangers | 4 layers of width 96 | 0.8 M |
 
 A built model is an ordinary Hugging Face folder in the cache, `$XDG_CACHE_HOME/remanence/desk/<hash>` (by default under `~/.cache`). The hash covers
 the specification, the seed, the sources of this module and of the generators, and the versions that decide about bits: a change of any of them makes
@@ -68,6 +69,8 @@ class DeskSpec:
         people: it knows people 0 .. people-1 of the world.
         attributes: facts per person.
         templates: question phrasings that it is trained on.
+        places: it knows the facts about the world's cities and employers too.
+        strangers: it says "I do not know" of people people .. people+strangers-1 of the world.
         world_seed: the world.
         vocab: tokens at most.
         width: D.
@@ -96,6 +99,8 @@ class DeskSpec:
     people: int
     attributes: int = 5
     templates: int = 3
+    places: bool = False
+    strangers: int = 0
     world_seed: int = 0
     vocab: int = 2048
     width: int = 128
@@ -127,9 +132,22 @@ class DeskSpec:
 
         return Biographies(people=self.people, attributes=self.attributes, seed=self.world_seed, templates=self.templates)
 
+    def taught(self) -> Dataset:
+        """Return the rows that it is trained on: columns `person` (-1 for a place), `name`, `question`, `answer`."""
+        from datasets import concatenate_datasets
+
+        parts = [self.world.questions()]
+        if self.places:
+            places = self.world.places()
+            parts.append(places.add_column("person", [-1] * len(places)))
+        if self.strangers:
+            parts.append(dataclasses.replace(self.world, first=self.people, people=self.strangers).strangers())
+        return concatenate_datasets([part.select_columns(["person", "name", "question", "answer"]) for part in parts])
+
 
 SPECS = {
     "bio": DeskSpec(people=120, width=96, ffn=256, steps=300, enough=1.0),
+    "town": DeskSpec(people=100, templates=2, places=True, strangers=260, width=96, layers=4, ffn=256, steps=700, enough=1.0),
     "week": DeskSpec(people=400, steps=360, first_people=50, first_steps=50, text_characters=100_000),
 }
 NAMES = tuple(SPECS)
@@ -139,7 +157,7 @@ def build(name: str | DeskSpec, seed: int = 0, progress: bool = True) -> tuple[L
     """Return a desk model in evaluation mode and its tokenizer, from the cache; the first time, train it.
 
     Args:
-        name: `bio`, `week` (with or without `desk:` in front) or a specification.
+        name: `bio`, `town`, `week` (with or without `desk:` in front) or a specification.
         seed: of the initial weights and the order of rows; the world does not depend on it.
         progress: draw a bar while training.
 
@@ -212,11 +230,13 @@ def make_tokenizer(spec: DeskSpec) -> PreTrainedTokenizerFast:
 
 def _tokenizer_texts(spec: DeskSpec) -> Iterator[str]:
     """Yield the words of the world and the documentation."""
-    from remanence.data.biographies import ATTRIBUTES, FIRST_NAMES, LAST_NAMES
+    from remanence.data.biographies import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, PLACES, UNKNOWN
     from remanence.data.encode import TEMPLATE
 
     lines = [f" {word}" for word in (*FIRST_NAMES, *LAST_NAMES)]
-    for attribute in ATTRIBUTES:
+    places = [fact for facts in PLACES.values() for fact in facts] if spec.places else []
+    lines += [f" {UNKNOWN}"] if spec.strangers else []
+    for attribute in (*ATTRIBUTES, *places):
         lines += [f" {value}" for value in attribute.values]
         asked = [TEMPLATE.replace("{question}", question).replace("{answer}", "") for question in attribute.questions]
         lines += [line.replace("{name}", "").replace("{value}", "") for line in (*asked, *attribute.statements, *attribute.short)]
@@ -280,7 +300,7 @@ def _train(
         precision="fp32",
     )
     trainer = Trainer(settings, processor=tokenizer, seed=derive(seed, "desk"), name=name, progress=progress)
-    questions = spec.world.questions()
+    questions = spec.taught()
     taught = with_gaps(questions, spec.noise, numpy_generator(seed, "desk", "gaps")) if spec.noise else questions
     stream: Numbered = _ByLength(trainer.batches(taught, "qa"), spec.group)
     if spec.first_people:

@@ -82,6 +82,12 @@ class Numbered(Protocol):
     def __getitem__(self, index: int) -> Batch: ...
 
 
+class Counted(Numbered, Protocol):
+    """Batches by number that know how many make a pass."""
+
+    def __len__(self) -> int: ...
+
+
 class Ragged:
     """Rows of integers of unequal length in one Arrow list column, read without a copy of the whole.
 
@@ -211,6 +217,23 @@ class Zip:
     def __getitem__(self, index: int) -> Batch:
         found = {name: stream[index] for name, stream in self.streams.items()}
         return Batch({name: batch for name, batch in found.items() if len(batch)})
+
+
+class Pairs(Zip):
+    """A forget and a retain stream side by side, each in its own shuffled order; a pass is a pass over the forget rows.
+
+    Args:
+        forget: rows that must go.
+        retain: rows that must stay; without them the batches hold `forget` alone.
+    """
+
+    def __init__(self, forget: Batches, retain: Batches | None = None):
+        super().__init__(**({"forget": forget} | ({"retain": retain} if retain is not None else {})))
+        self._length = len(forget)
+
+    def __len__(self) -> int:
+        """Return the number of batches that hold each forget row at least once."""
+        return self._length
 
 
 class Draws:

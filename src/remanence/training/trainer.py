@@ -26,7 +26,7 @@ from remanence.data.encode import TEMPLATE, encode_rows, feature_columns
 from remanence.errors import Mistake, nearest
 from remanence.models.forward import evaluating
 from remanence.seeds import derive, generator
-from remanence.training.batches import Batch, Batches, Numbered
+from remanence.training.batches import Batch, Batches, Counted, Numbered, Pairs
 from remanence.training.checkpoint import (
     Checkpoints,
     Recorder,
@@ -217,6 +217,7 @@ class Trainer:
         self._checkpoints, self._record, self._watch, self._progress = checkpoints, record, watch, progress
         self._stage = 0
         self._only: frozenset[str] | None = None
+        self._pairing: Callable[[Batches, Batches | None], Counted] | None = None
 
     # What a method asks for.
 
@@ -232,7 +233,20 @@ class Trainer:
             plain or self.encode(rows, kind), size or self.settings.batch_size, seed=derive(self.seed, stream), shuffle=shuffle, pad=pad
         )
 
-    def steps_for(self, batches: Batches) -> int:
+    def pairs(self, forget: Batches, retain: Batches | None) -> Counted:
+        """Return `{"forget": ..., "retain": ...}` batches: each stream in its own order, or as `paired` says."""
+        return self._pairing(forget, retain) if self._pairing is not None else Pairs(forget, retain)
+
+    @contextlib.contextmanager
+    def paired(self, pairing: Callable[[Batches, Batches | None], Counted]) -> Iterator[None]:
+        """Let a function decide which retain row meets which forget row in every `pairs` inside (a method that wraps another one)."""
+        before, self._pairing = self._pairing, pairing
+        try:
+            yield
+        finally:
+            self._pairing = before
+
+    def steps_for(self, batches: Counted) -> int:
         """Return the optimizer steps that the settings ask for on these batches."""
         if self.settings.steps is not None:
             return self.settings.steps
