@@ -48,6 +48,7 @@ LEARNERS = [
     Case("joint", Joint),
     Case("replay", lambda: Replay(capacity=6), lambda: Replay(capacity=0)),
     Case("replay balanced", lambda: Replay(capacity=6, memory="balanced", batch_size=3), lambda: Replay(capacity=0, memory="balanced")),
+    Case("replay by task", lambda: Replay(capacity=6, update="task"), lambda: Replay(capacity=0, update="task")),
     Case("derpp", lambda: DERpp(alpha=0.5, beta=0.5, capacity=6), lambda: DERpp(alpha=0, beta=0)),
     Case("derpp empty", lambda: DERpp(alpha=0.5, capacity=6, span="row"), lambda: DERpp(capacity=0)),
     Case("derpp top", lambda: DERpp(alpha=0.5, capacity=6, top=3), lambda: DERpp(capacity=0, top=3)),

@@ -287,3 +287,24 @@ def test_lora_moves_its_targets_by_a_matrix_of_its_rank() -> None:
 def test_wrong_settings_are_refused_where_they_stand(make: Any, place: str) -> None:
     with pytest.raises(Mistake, match=place):
         make()
+
+
+def test_updated_by_task_the_memory_holds_earlier_tasks_alone_while_one_is_learned() -> None:
+    seen: list[int] = []
+    method = Replay(capacity=50, update="task")
+    for number, first in enumerate((0, 4)):
+        rows = Dataset.from_dict({"features": [[float(first + n % 2)] * 8 for n in range(12)], "label": [first + n % 2 for n in range(12)]})
+
+        def watch(model: nn.Module, step: int) -> None:
+            seen.append(len(method.kept))
+
+        trainer = Trainer(Settings(steps=4, batch_size=4), seed=number, owner=method, watch=watch, progress=False)
+        method.learn(toy_classifier(classes=6), Task(f"t{number}", rows, kind="classes"), trainer)
+        assert len(method.kept) == 12 * (number + 1)
+    assert seen == [0] * 4 + [12] * 4
+    assert sorted(method.kept.rows()["labels"].tolist()) == [0] * 6 + [1] * 6 + [4] * 6 + [5] * 6
+
+
+def test_an_unknown_time_of_update_is_refused() -> None:
+    with pytest.raises(Mistake, match="replay.update: unknown value 'tusk'; did you mean 'task'"):
+        Replay(update="tusk")

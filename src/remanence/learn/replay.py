@@ -9,9 +9,11 @@
 | mem_sz, rows kept | `capacity` | 500 |
 | batch from the memory, B_M | `batch_size`, per micro-batch and process; `None`: as many as new rows | None |
 | MemBatch update | `memory`: reservoir, or balanced (equal shares per class, per task for language models) | reservoir |
+| when it is updated | `update`: step (with the step that first trains on a row), or task (behind the last step of its task) | step |
 
 Differs from the paper: training may take several epochs, so each row is shown to the memory once per task, in the step that first trains on it (in a run of
-one epoch this is the paper). Rows are drawn with replacement, by position in the stream, so accumulation and processes do not change what is drawn.
+one epoch this is the paper). With update: task the memory holds earlier tasks alone while a task is learned, so that all draws go to what may be forgotten: worth
+a few points where a task takes several epochs, and what most libraries do. Rows are drawn with replacement, by position in the stream, so accumulation and processes do not change what is drawn.
 Cost: twice the time of plain training with equal batches; `capacity` encoded rows.
 """
 
@@ -20,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -34,6 +37,9 @@ from remanence.training.losses import nll
 from remanence.training.memory import MEMORIES, BalancedMemory, ReservoirMemory, groups, make_memory
 from remanence.training.trainer import Step, Trainer
 
+UPDATES = ("step", "task")
+SHOWN = 1024  # rows that a memory is shown at a time, behind a task
+
 
 @dataclass
 class Replay:
@@ -43,17 +49,21 @@ class Replay:
         capacity: rows kept; 0 keeps none, which is plain training.
         memory: reservoir | balanced.
         batch_size: rows drawn per micro-batch; `None` takes the size of the new batch.
+        update: step | task.
     """
 
     capacity: int = 500
     memory: str = "reservoir"
     batch_size: int | None = None
+    update: str = "step"
     tasks: int = field(default=0, init=False)
     kept: ReservoirMemory | BalancedMemory = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.memory not in MEMORIES:
             raise Mistake("replay.memory", f"unknown memory '{self.memory}'", nearest(self.memory, MEMORIES))
+        if self.update not in UPDATES:
+            raise Mistake("replay.update", f"unknown value '{self.update}'", nearest(self.update, UPDATES))
         if self.batch_size is not None and self.batch_size < 1:
             raise Mistake("replay.batch_size", f"is {self.batch_size}", "give 1 or more, or nothing for the size of the new batch")
         if self.capacity < 0:
@@ -61,19 +71,25 @@ class Replay:
         self.kept = make_memory(self.memory, self.capacity, 0)
 
     def learn(self, model: nn.Module, task: Task, trainer: Trainer) -> nn.Module:
-        """Fit new and old rows together; show each new row to the memory behind the step that first trains on it."""
+        """Fit new and old rows together; show each new row to the memory, behind the step that first trains on it or behind the task."""
         if self.kept.seen == 0:
             self.kept = make_memory(self.memory, self.capacity, derive(trainer.seed, "kept"))
         new, number = trainer.batches(task.train, task.kind), self.tasks
         old = Draws(self.kept, self.batch_size or new.size, seed=derive(trainer.seed, "memory"))
 
-        def remember(model: nn.Module, step: Step) -> None:
-            rows = trainer.first_seen(new, step)
+        def remember(rows: np.ndarray) -> None:
             if len(rows):
                 batch = new.take(rows)
                 self.kept.add(batch, group=groups(batch, number))
 
-        model = trainer.fit(model, Zip(new=new, old=old), replay_nll, steps=trainer.steps_for(new), after_step=remember)
+        def seen(model: nn.Module, step: Step) -> None:
+            remember(trainer.first_seen(new, step))
+
+        after = seen if self.update == "step" else None
+        model = trainer.fit(model, Zip(new=new, old=old), replay_nll, steps=trainer.steps_for(new), after_step=after)
+        if self.update == "task":
+            for first in range(0, new.count, SHOWN):
+                remember(np.arange(first, min(first + SHOWN, new.count)))
         self.tasks = number + 1
         trainer.note("memory", {"rows": len(self.kept), "bytes": self.kept.bytes})
         return model
