@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 
-from remanence.learn.replay import replay_nll
+from remanence.learn.replay import Replay, replay_nll
+from remanence.stream import Task
 from remanence.training.batches import Batch
 from remanence.training.losses import nll
-from toy import toy_batch, toy_classifier, toy_lm
+from remanence.training.trainer import Settings, Trainer
+from toy import toy_batch, toy_classifier, toy_lm, toy_tokenizer
 
 
 def images(rows, seed):
@@ -64,3 +67,20 @@ def test_batch_norm_keeps_the_statistics_of_two_passes():
     replay_nll(model, Batch(new=new, old=old))
     nll(other, new), nll(other, old)
     torch.testing.assert_close(model[1].running_mean, other[1].running_mean)
+
+
+@pytest.mark.parametrize("memory", ["reservoir", "balanced"])
+@pytest.mark.parametrize("kind", ["classes", "text"])
+def test_rows_that_come_back_from_a_memory_share_the_pass_with_the_new_ones(memory, kind):
+    rows = (
+        Dataset.from_dict(
+            {"features": torch.randn(12, 8, generator=torch.Generator().manual_seed(3)).tolist(), "label": [n % 4 for n in range(12)]}
+        )
+        if kind == "classes"
+        else Dataset.from_dict({"text": ["abc def ghi jkl mno " * 8]})
+    )
+    model = toy_classifier() if kind == "classes" else toy_lm("llama")
+    seen = passes(model)
+    trainer = Trainer(Settings(steps=4, batch_size=4, length=16), processor=toy_tokenizer(), progress=False)
+    Replay(capacity=8, memory=memory).learn(model, Task("one", rows, kind=kind), trainer)
+    assert seen == [4, 8, 8, 8]

@@ -126,10 +126,13 @@ def replay_nll(model: nn.Module, batch: Batch) -> Tensor:
     return each[:border].sum() / new.tokens + each[border:].sum() / old.tokens
 
 
+KEPT_BESIDE = {"group", "attention_mask"}  # what a memory adds to a row: nothing that a causal model's supervised positions depend on
+
+
 def joinable(model: nn.Module, new: Batch, old: Batch) -> bool:
-    """Return whether two batches can share a forward pass: equal columns, and no batch norm that would mix their statistics."""
-    if new.keys() != old.keys() or any(
-        value.shape[1:] != old[name].shape[1:] or value.dtype != old[name].dtype for name, value in new.items()
-    ):
+    """Return whether two batches can share a forward pass: columns of one shape, and no batch norm that would mix their statistics."""
+    if not new.keys() <= old.keys() or not old.keys() - new.keys() <= KEPT_BESIDE:
+        return False
+    if any(value.shape[1:] != old[name].shape[1:] or value.dtype != old[name].dtype for name, value in new.items()):
         return False
     return not any(layer.training and isinstance(layer, _BatchNorm) for layer in model.modules())
