@@ -263,6 +263,48 @@ def test_the_hugging_face_trainer_leaves_the_frozen_half_alone(tmp_path: Path) -
         )  # fmt: skip
 
 
+def test_sft_then_dpo_in_trl_are_two_rounds_that_leave_their_frozen_halves_alone(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="the extra `test` brings trl")
+    start, tuning = model(), HalfTuning()
+    plain: dict[str, Any] = {
+        "max_steps": 2, "per_device_train_batch_size": 2, "learning_rate": 0.01, "weight_decay": 0.5, "report_to": [], "use_cpu": True,
+        "bf16": False, "disable_tqdm": True, "save_strategy": "no", "gradient_checkpointing": False,
+    }  # fmt: skip
+    told = Dataset.from_dict({"prompt": [f"who is {c}" for c in "abcd"], "completion": [f" {n * 13}" for n in range(4)]})
+    compared = told.rename_column("completion", "chosen").add_column("rejected", [" no"] * 4)
+    moved = []
+    for name, rows, seed in (("SFT", told, 4), ("DPO", compared, 5)):
+        before, drawn_mask = weights(start), HalfTuning().draw(start, seed)
+        arguments = getattr(trl, f"{name}Config")(output_dir=str(tmp_path / name), **plain)
+        callback = HalfTuningCallback(tuning, seed=seed)
+        reference = {"ref_model": copy.deepcopy(start)} if name == "DPO" else {}  # the model behind SFT
+        fit = getattr(trl, f"{name}Trainer")
+        fit(start, args=arguments, train_dataset=rows, processing_class=TOKENIZER, callbacks=[callback], **reference).train()
+        still = {key for key, value in start.named_parameters() if torch.equal(value, before[key])}
+        assert still >= set(before) - set(drawn_mask.trained)
+        assert any(key not in still for key in drawn_mask.trained)
+        assert all(value.requires_grad for value in start.parameters())
+        moved.append(set(before) - still)
+    assert moved[0] != moved[1]
+    assert [item["seed"] for item in tuning.rounds] == [4, 5]
+
+
+def test_an_exponential_average_of_the_weights_leaves_the_frozen_half_bit_identical() -> None:
+    start, tuning = model(), HalfTuning()
+    before = weights(start)
+    with tuning.round(start, 7) as mask:
+        average = torch.optim.swa_utils.AveragedModel(start, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9))
+        descent = torch.optim.AdamW([value for value in start.parameters() if value.requires_grad], lr=0.01, weight_decay=0.5)
+        for step in range(3):
+            start(torch.randint(3, 40, (2, 6), generator=generator("rows", step))).logits.square().mean().backward()
+            descent.step()
+            descent.zero_grad()
+            average.update_parameters(start)
+    averaged = dict(average.module.named_parameters())
+    assert all(torch.equal(averaged[name], value) for name, value in before.items() if name not in mask.trained)
+    assert all(not torch.equal(averaged[name], before[name]) for name in mask.trained if averaged[name].dim() > 1 and "embed" not in name)
+
+
 def test_a_saved_model_is_an_ordinary_one(tmp_path: Path) -> None:
     tuning = HalfTuning()
     after = tuning.learn(model(), TASK, trainer(tuning))
