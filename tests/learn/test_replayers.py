@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from scipy.stats import chisquare
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,7 +21,7 @@ from remanence.learn.lora import LoRA
 from remanence.learn.replay import Replay, replay_nll
 from remanence.models.adapters import add_lora
 from remanence.stream import Remembering, Request, Task
-from remanence.training.batches import Batch
+from remanence.training.batches import Batch, uniform
 from remanence.training.losses import nll
 from remanence.training.projection import dot
 from remanence.training.trainer import Settings, Step, Trainer
@@ -308,3 +310,27 @@ def test_updated_by_task_the_memory_holds_earlier_tasks_alone_while_one_is_learn
 def test_an_unknown_time_of_update_is_refused() -> None:
     with pytest.raises(Mistake, match="replay.update: unknown value 'tusk'; did you mean 'task'"):
         Replay(update="tusk")
+
+
+def test_a_memory_of_all_data_with_equal_sampling_is_joint_training_in_expectation() -> None:
+    method = Replay(capacity=len(OLD.train), update="task")
+    method.learn(toy_classifier(), OLD, Trainer(Settings(steps=1, batch_size=4), owner=method, progress=False))
+    kept = method.kept.rows()
+    everything = Trainer(progress=False).batches(OLD.train, "classes", size=len(OLD.train), shuffle=False)[0]
+    assert sorted(map(tuple, kept["pixel_values"].tolist())) == sorted(map(tuple, everything["pixel_values"].tolist()))  # each row once
+
+    count = len(method.kept)
+    draws = np.concatenate(
+        [(uniform(np.uint64(9), np.arange(n, n + 500, dtype=np.uint64)) * count).astype(int) for n in range(0, 40_000, 500)]
+    )
+    assert chisquare(np.bincount(draws, minlength=count)).pvalue > 1e-3  # `Draws` takes every row equally often
+
+    model = toy_classifier().double()
+    new = Trainer(progress=False).batches(NEW.train, "classes", size=count, shuffle=False)[0]
+    old = Batch({name: kept[name] for name in new})
+    wide = [Batch({name: value.double() if value.is_floating_point() else value for name, value in part.items()}) for part in (new, old)]
+    both = Batch({name: torch.cat([part[name] for part in wide]) for name in new})
+    assert len(NEW.train) == count
+    expected = torch.autograd.grad(replay_nll(model, Batch(new=wide[0], old=wide[1])), list(model.parameters()))
+    for mine, joint in zip(expected, torch.autograd.grad(2 * nll(model, both), list(model.parameters()))):
+        torch.testing.assert_close(mine, joint)
