@@ -378,8 +378,10 @@ def _event_name(event: LearnEvent | ForgetEvent) -> str:
 
 
 def _refuse_misfit(deeds: Iterable[Deed], model: Any, processor: Any) -> None:
-    """Refuse kinds that the model cannot read, before anything is written."""
+    """Refuse kinds that the model cannot read, methods that do not fit it, and unknown trackers, before anything is written."""
     from remanence.models.forward import is_language_model
+    from remanence.stream import Checking
+    from remanence.training.trackers import refuse_trackers
 
     words = is_language_model(model)
     for deed in deeds:
@@ -388,6 +390,9 @@ def _refuse_misfit(deeds: Iterable[Deed], model: Any, processor: Any) -> None:
             raise Mistake(f"event '{deed.event.name}'", f"the model {type(model).__name__} cannot read kind '{deed.event.kind}'", remedy)
         if words and processor is None:
             raise Mistake("model", "has no tokenizer", "add the tokenizer's files to its folder")
+        refuse_trackers(deed.settings.trackers)
+        if isinstance(deed.method, Checking):
+            deed.method.check(model, deed.event)
 
 
 def refuse_unreadable(deeds: Iterable[Deed], probes: Probes, model: Any, processor: Any) -> None:

@@ -223,6 +223,15 @@ class Remembering(Protocol):
 
 
 @runtime_checkable
+class Checking(Protocol):
+    """A method that can say beforehand whether it will fit: asked before anything is written."""
+
+    def check(self, model: nn.Module, event: Task | Request) -> None:
+        """Refuse a model or an event that the method cannot serve, with a `Mistake`."""
+        ...
+
+
+@runtime_checkable
 class Forgetter(Protocol):
     """Serve a deletion request."""
 

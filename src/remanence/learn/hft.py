@@ -42,7 +42,7 @@ from remanence.models.forward import unwrapped
 from remanence.models.roles import ATTENTION, MLP, Weight, weights_by_role
 from remanence.seeds import derive, generator
 from remanence.storage import write_text
-from remanence.stream import Learner, Remembering, Request, Task
+from remanence.stream import Checking, Learner, Remembering, Request, Task
 from remanence.training.trainer import Trainer
 
 LEVELS = ("category", "layer", "model")
@@ -102,6 +102,17 @@ class HalfTuning:
             model = self.inner.learn(model, task, trainer)
         self.rounds.append(asdict(mask))
         return model
+
+    def check(self, model: nn.Module, event: Task | Request) -> None:
+        """Refuse a model that cannot be halved, before a life begins.
+
+        Raises:
+            Mistake: as `learn`.
+        """
+        refuse(model)
+        divided(model, self.train_embeddings, self.train_head)
+        if isinstance(self.inner, Checking):
+            self.inner.check(model, event)
 
     def erase(self, request: Request, trainer: Trainer) -> int:
         """Make the inner learner let go of the forgotten rows, if it keeps any."""
