@@ -22,6 +22,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+receipt_app = typer.Typer(
+    help="Receipts of served requests: show, verify, and the key that signs them.", no_args_is_help=True, rich_markup_mode="markdown"
+)
+app.add_typer(receipt_app, name="receipt")
+
 _Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer may bring its own click
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, value in YAML; may be repeated.")]
 Out = Annotated[Path, typer.Option("--out", help="Folder of the new model; must not exist yet.")]
@@ -265,6 +270,84 @@ def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")]
     )
 
 
+@receipt_app.command("verify")
+def verify_receipt(
+    receipt: Annotated[Path, typer.Argument(help="receipt.json of a request.")],
+    rows: Annotated[str | None, typer.Option(help="Rows that are said to be forgotten: are they the ones that were asked for?")] = None,
+    model: Annotated[str | None, typer.Option(help="Model that is said to have come out: is it the one?")] = None,
+    ledger: Annotated[Path | None, typer.Option(help="Ledger of the run: does it say the same?")] = None,
+    key: Annotated[str | None, typer.Option(help="Public key (base64) that must have signed it.")] = None,
+) -> None:
+    """Check a receipt: its signature, and what you hold against it. Exit code 1 where something does not hold.
+
+    Example: `remanence receipt verify runs/forgotten/receipt.json --rows erase.jsonl --model runs/forgotten`
+    """
+    from remanence.ledger import Ledger
+    from remanence.receipts import check_receipt, read_receipt
+    from remanence.stream import fingerprint
+
+    content = read_receipt(receipt)
+    rows_hash = weights = None
+    if rows is not None:
+        kind = (content.get("asked") or {}).get("kind", "qa")
+        rows_hash = fingerprint(_rows(rows, kind), kind)
+    if model is not None:
+        from remanence.models.load import load_model, weights_hash
+        from remanence.recipe import expand
+
+        weights = weights_hash(load_model(expand(model)).model)
+    with contextlib.ExitStack() as held:
+        opened = held.enter_context(Ledger(ledger, create=False)) if ledger is not None else None
+        found = check_receipt(content, trusted=key, rows_sha256=rows_hash, weights=weights, ledger=opened)
+    for what, holds, words in found:
+        print(f"{'ok' if holds else 'FAILS'}  {what}: {words}")
+    if not all(holds for _, holds, _ in found):
+        raise typer.Exit(1)
+
+
+@receipt_app.command("key")
+def receipt_key(
+    make: Annotated[bool, typer.Option("--make", help="Make one where there is none.")] = False,
+) -> None:
+    """Print the public half of the key that signs receipts (at `$REMANENCE_KEY`, by default in `~/.config/remanence`).
+
+    Example: `remanence receipt key --make`
+    """
+    from remanence.receipts import key_path, local_key, make_key, public_key
+
+    if make:
+        print(f"made {make_key()}", file=sys.stderr)
+    held = local_key()
+    if held is None:
+        raise Mistake(key_path(), "there is no key", "add --make")
+    print(public_key(held))
+
+
+@receipt_app.command("list")
+def list_receipts(
+    ledger: Annotated[Path, typer.Argument(help="Ledger of a run.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write them to, one file each, signed where there is a key.")] = None,
+) -> None:
+    """List the served requests of a ledger, or write their receipts.
+
+    Example: `remanence receipt list runs/demo/ledger.sqlite --out receipts`
+    """
+    from remanence.ledger import Ledger
+    from remanence.receipts import receipts_of, write_receipts
+
+    with Ledger(ledger, create=False) as opened:
+        if out is not None:
+            for path in write_receipts(opened, out):
+                print(path)
+            return
+        rows: list[tuple[str, ...]] = [
+            (one["run"], str(one["event"]), one["request"], one["method"], str((one["asked"] or {}).get("forget", {}).get("rows", "")),
+             (one["audit"] or {}).get("verdict", "not audited"))
+            for one in receipts_of(opened)
+        ]  # fmt: skip
+    _table(f"served requests in {ledger}", ("run", "event", "request", "method", "rows", "audit"), rows)
+
+
 @app.command()
 def reproduce(
     slug: Annotated[str | None, typer.Argument(help="Slug of the paper; `remanence systems` lists them.")] = None,
@@ -415,6 +498,9 @@ def _serve(model: str, event: dict[str, Any], out: Path, changes: list[str], see
     def finish() -> None:
         for path in (place / "life" / "model").iterdir():
             os.replace(path, out / path.name)
+        for path in (place / "receipts").glob("*.json"):
+            os.replace(path, out / "receipt.json")
+        shutil.rmtree(place / "receipts", ignore_errors=True)
         shutil.rmtree(place / "life")
         print(out)
 

@@ -9,10 +9,11 @@ a good one to be killed at.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,21 @@ from remanence.errors import Mistake
 from remanence.ledger import END, Ledger, now
 from remanence.seeds import derive
 from remanence.storage import load_tree, save_tree, whole_folder
-from remanence.stream import Event, Forgetter, Learner, Moment, Probe, Remembering, Request, Scores, Stream, Task, keys_of
+from remanence.stream import (
+    Auditor,
+    Event,
+    Forgetter,
+    Learner,
+    Moment,
+    Probe,
+    Remembering,
+    Request,
+    Scores,
+    Stream,
+    Task,
+    fingerprint,
+    keys_of,
+)
 from remanence.training.checkpoint import Checkpoints, model_state
 from remanence.training.processes import barrier, by_main, gathered, rank
 from remanence.training.trainer import Settings, Stateful, Trainer
@@ -81,6 +96,8 @@ class Life:
         description: put into the ledger with the run (plain JSON).
         trust_remote_code: let a model that is loaded again on resume run the code that comes with it.
         keep_models: keep the model after every event as a folder of its own.
+        auditor: attacks every request that was served (holds a copy of the model before it); what it finds is a note of the event.
+        oracle_at: gives the oracle's model behind an event's number, for the auditor; `None` where there is none.
         moved: record how far each weight moved in each event (holds a copy of the weights during the event).
         progress: draw bars and print a line per event.
     """
@@ -100,6 +117,8 @@ class Life:
     description: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
     keep_models: bool = False
+    auditor: Auditor | None = None
+    oracle_at: Callable[[int], nn.Module | None] | None = None
     moved: bool = True
     progress: bool = True
 
@@ -135,6 +154,11 @@ class Life:
         before_hash = weights_hash(self.model)
         before = {name: value.detach().clone() for name, value in self.model.named_parameters()} if self.moved else {}
         trainer = self._trainer(number, deed)
+        audited = self.auditor is not None and isinstance(event, Request) and deed.method is not None
+        original = copy.deepcopy(self.model) if audited else None
+        if isinstance(event, Request):
+            asked = {part: {"rows": len(rows), "sha256": fingerprint(rows, event.kind)} for part, rows in event.sets.items()}
+            trainer.note("asked", {"kind": event.kind} | asked)
         if isinstance(event, Task):
             assert isinstance(deed.method, Learner)
             self.model = deed.method.learn(self.model, event, trainer)
@@ -144,6 +168,8 @@ class Life:
             self._erase(event, trainer)
         seconds = time.monotonic() - begun
         scores = self._measure(number, None, self.probes)
+        if original is not None and isinstance(event, Request):
+            self._audit(number, event, original, trainer)
         self._save_state(number)
         row = {
             "event": number,
@@ -206,6 +232,12 @@ class Life:
             trainer.note("erased from memories", gone)
 
     # Measuring and writing.
+
+    def _audit(self, number: int, request: Request, original: nn.Module, trainer: Trainer) -> None:
+        assert self.auditor is not None
+        oracle = self.oracle_at(number) if self.oracle_at is not None else None
+        at = Moment(event=number, processor=self.processor, seed=derive(self.seed, number, "audit"))
+        trainer.note("audit", self.auditor.audit(self.model, request, original, oracle, at))
 
     def _measure(self, number: int, step: int | None, probes: Probes) -> dict[str, Scores]:
         moment = Moment(event=number, step=step, processor=self.processor, seed=derive(self.seed, number, step, "probe"))

@@ -3,6 +3,7 @@
 OUTPUT/ledger.sqlite    every number
 OUTPUT/LIFE/model/      the model at the end of the life, an ordinary Hugging Face folder
 OUTPUT/LIFE/state/      the state behind the last complete event (removed when the life is over)
+OUTPUT/receipts/        one file per served request (see `remanence.receipts`)
 OUTPUT/recipe.yaml      what was run
 OUTPUT/report.html      made from the ledger alone
 """
@@ -69,11 +70,14 @@ def run_recipe(
     """
     from remanence.ledger import Ledger
     from remanence.life import without_forgotten
+    from remanence.receipts import local_key, write_receipts
     from remanence.training.processes import by_main, from_main, rank
 
     place = output or recipe.place
     seed = recipe.seed if seed is None else seed
     names = list(lives) or recipe.life_names
+    if any(hasattr(event, "forget") for event in recipe.events):
+        local_key()  # a key that cannot sign is refused now, not behind the work
     first = recipe.life(names[0], seed=seed, progress=progress)  # reads all data and the model: what is wrong with them shows here
     if any(recipe.lives[name].oracle for name in names if name in recipe.lives):
         without_forgotten(first.deeds)
@@ -104,6 +108,9 @@ def run_recipe(
             life.run(resume=resume)
             life.save(folder / "model")
             by_main(functools.partial(_clear, state))
+        if main:
+            assert ledger is not None
+            write_receipts(ledger, place / "receipts")
         if report and main:
             from remanence.report.page import write_report
 

@@ -13,6 +13,8 @@ Rows live in Hugging Face `datasets.Dataset` objects (Arrow on disk, not RAM). T
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -123,6 +125,29 @@ def keys_of(rows: Dataset, kind: str) -> list[Any]:
     if kind in ("text", "qa"):
         return list(zip(*columns))
     return [pickle.dumps(row) for row in zip(*columns)]
+
+
+def fingerprint(rows: Dataset, kind: str) -> str:
+    """Return a SHA-256 that names a set of rows, whatever their order: over the sorted SHA-256 of each row's columns that the kind trains on. O(rows).
+
+    Words are hashed as JSON in UTF-8, features as float32, pictures as their RGB pixels; a row that stands twice counts twice.
+    """
+    columns = [rows.with_format(None)[name][:] for name in COLUMNS[kind]]
+    each = sorted(hashlib.sha256(b"\x1f".join(map(_cell_bytes, row))).digest() for row in zip(*columns))
+    return hashlib.sha256(b"".join(each)).hexdigest()
+
+
+def _cell_bytes(value: Any) -> bytes:
+    import numpy as np
+
+    if isinstance(value, str | dict) or (isinstance(value, list) and value and isinstance(value[0], dict)):
+        return json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
+    if hasattr(value, "convert"):
+        return str(value.size).encode() + value.convert("RGB").tobytes()
+    if isinstance(value, list):
+        array = np.asarray(value, np.float32)
+        return str(array.shape).encode() + array.tobytes()
+    return str(value).encode()
 
 
 def refuse_overlap(place: str, forget: Dataset, retain: Dataset, kind: str) -> None:
@@ -236,6 +261,23 @@ class Forgetter(Protocol):
     """Serve a deletion request."""
 
     def forget(self, model: nn.Module, request: Request, trainer: Trainer) -> nn.Module: ...
+
+
+@runtime_checkable
+class Auditor(Protocol):
+    """Attack a served request; the models stay as they are."""
+
+    def audit(self, model: nn.Module, request: Request, original: nn.Module, oracle: nn.Module | None, at: Moment) -> dict[str, Any]:
+        """Return what was found, as plain JSON without clock times.
+
+        Args:
+            model: after the request.
+            request: what was asked.
+            original: the model before the request.
+            oracle: the model of a life that never saw the forgotten rows, if there is one.
+            at: the moment.
+        """
+        ...
 
 
 @runtime_checkable
