@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
 from remanence.errors import Mistake, nearest
+from remanence.unroll import MOST, unrolled
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -48,6 +49,9 @@ class LearnEvent(_Strict):
     test: Source | None = Field(None, description="rows to measure on; by default the training rows")
     method: Clause | None = Field(None, description="learner for this event alone")
     training: dict[str, Any] = Field(default_factory=dict, description="training settings for this event alone")
+    repeat: int = Field(
+        1, ge=1, le=MOST, strict=True, exclude=True, description="so many of these events in a row; `{n}` counts them from 0, `{5*n+2}` too"
+    )
 
 
 class ForgetEvent(_Strict):
@@ -61,6 +65,9 @@ class ForgetEvent(_Strict):
     kind: Kind = Field("qa", description="text | qa | chat | classes | images")
     method: Clause | None = Field(None, description="forgetter for this event alone")
     training: dict[str, Any] = Field(default_factory=dict, description="training settings for this event alone")
+    repeat: int = Field(
+        1, ge=1, le=MOST, strict=True, exclude=True, description="so many of these events in a row; `{n}` counts them from 0, `{5*n+2}` too"
+    )
 
 
 def _event_kind(event: Any) -> str | None:
@@ -156,10 +163,11 @@ class Recipe(_Strict):
         """
         if not isinstance(tree, dict):
             raise Mistake(place, f"must be a mapping, got {type(tree).__name__}", "begin with `name:`, `model:` and `events:`")
+        tree, lines = unrolled(tree, lines or {})
         try:
             recipe = cls.model_validate(tree | {"folder": folder})
         except ValidationError as error:
-            raise _explain(error, place, tree, lines or {}) from None
+            raise _explain(error, place, tree, lines) from None
         recipe.check(place)
         return recipe
 
