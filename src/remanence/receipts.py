@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -47,7 +48,7 @@ def receipts_of(ledger: Ledger, run: str | None = None) -> list[dict[str, Any]]:
     for row in ledger.rows("runs", run):
         for event in ledger.read("SELECT * FROM events WHERE run = ? AND verb = 'forget' ORDER BY event", row["run"]):
             settings = json.loads(event["settings"])
-            if settings["method"]:  # else nothing was done: an oracle's life
+            if settings.get("method") != {}:  # else nothing was done: an oracle's life
                 found.append(_receipt(ledger, row, event, settings))
     return found
 
@@ -63,7 +64,7 @@ def _receipt(ledger: Ledger, run: Mapping[str, Any], event: Mapping[str, Any], s
         question = "SELECT subject, metric, value FROM scores WHERE run = ? AND event = ? AND step = ? AND substr(subject, 1, ?) = ?"
         prefix = f"{event['name']}/"
         for score in ledger.read(question, run["run"], number, END, len(prefix), prefix):
-            scores.setdefault(score["subject"].removeprefix(prefix), {}).setdefault(score["metric"], {})[moment] = score["value"]
+            scores.setdefault(score["subject"].removeprefix(prefix), {}).setdefault(score["metric"], {})[moment] = _finite(score["value"])
     return {
         "format": FORMAT,
         "kind": "forgetting",
@@ -81,6 +82,10 @@ def _receipt(ledger: Ledger, run: Mapping[str, Any], event: Mapping[str, Any], s
         "seconds": event["seconds"],
         "at": event["at"],
     }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None  # JSON has no infinity
 
 
 def write_receipts(ledger: Ledger, folder: Path, run: str | None = None) -> list[Path]:

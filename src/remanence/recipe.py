@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError
 
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 MOST_KEYS = 100_000  # of a recipe, aliases counted as often as they stand
 
+Part = Literal["forget", "retain", "neighbours", "holdout"]
+PARTS: tuple[Part, ...] = ("forget", "retain", "neighbours", "holdout")
 Clause = str | dict[str, Any]
 Source = str | dict[str, Any] | list[str | dict[str, Any]]
 Kind = Annotated[str, Field(pattern="^(text|qa|chat|classes|images)$")]
@@ -103,6 +105,10 @@ class Measuring(_Strict):
         0, ge=0, description="optimizer steps between two measurements inside an event; 0: only before the first event and after each"
     )
     limit: int | None = Field(None, ge=1, description="rows per set inside an event, evenly spaced; all rows after it")
+    parts: list[Part] = Field(
+        default_factory=lambda: list(PARTS),
+        description="sets of requests that are measured: forget, retain, neighbours, holdout; by default all",
+    )
     sets: dict[Name, MeasuredSet] = Field(default_factory=dict, description="sets beside those of the events")
     probes: dict[Kind, list[Clause]] = Field(default_factory=dict, description="probes per kind; by default those of the kind")
 
@@ -286,7 +292,8 @@ class Recipe(_Strict):
             if isinstance(event, Task):
                 sets[event.name] = (event.measured, event.kind)
             else:
-                sets |= {f"{event.name}/{part}": (rows, event.kind) for part, rows in event.sets.items()}
+                parts = {part: rows for part, rows in event.sets.items() if part in self.measure.parts}
+                sets |= {f"{event.name}/{part}": (rows, event.kind) for part, rows in parts.items()}
         settings = self._trained()
         return {
             subject: probes_for(_sample(rows, limit), kind, self.measure.probes.get(kind), settings)

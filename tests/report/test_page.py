@@ -379,3 +379,37 @@ def test_page_is_drawn_light_and_dark(written, tmp_path, width):
         grounds[theme] = float(np.median(pixels))
     assert grounds["light"] > 0.9
     assert grounds["dark"] < 0.2
+
+
+def test_receipts_stand_on_the_page_and_in_markdown_with_verdict_reasons_and_findings(ledger_path, tmp_path):
+    path = tmp_path / "ledger.sqlite"
+    shutil.copy(ledger_path, path)
+    with Ledger(path) as ledger:
+        served = ledger.read("SELECT run, event, name FROM events WHERE verb = 'forget' LIMIT 1")[0]
+        audit = {
+            "verdict": "hidden",
+            "reasons": ["relearning brings back 80 % in 5 steps <the oracle: 20 %>"],
+            "findings": [
+                {
+                    "name": "min_k_auc",
+                    "group": "membership",
+                    "value": 0.7,
+                    "low": 0.6,
+                    "high": 0.8,
+                    "better": "reference",
+                    "reference": 0.5,
+                    "rows": 40,
+                }
+            ],
+        }
+        place = {"run": served["run"], "event": served["event"]}
+        ledger.write("notes", [{**place, "name": "asked", "content": {"kind": "qa", "forget": {"rows": 7, "sha256": "ab" * 32}}}])
+        ledger.write("notes", [{**place, "name": "audit", "content": audit}])
+    page = write_report([path], tmp_path / "report.html").read_text()
+    assert "ab" * 32 in page
+    assert "<strong>hidden</strong>" in page
+    assert "min k auc" in page
+    assert "&lt;the oracle: 20 %&gt;" in page
+    words = write_report([path], tmp_path / "report.md", format="md").read_text()
+    assert "## Receipts" in words
+    assert "relearning brings back 80 %" in words

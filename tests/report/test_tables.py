@@ -5,12 +5,14 @@ import math
 import sqlite3
 import statistics
 
+import numpy as np
 import pytest
 from scipy import stats
 
 from remanence.errors import Mistake
 from remanence.ledger import END, Ledger
-from remanence.report.lives import group, read_runs
+from remanence.report.lives import Life, Series, group, read_runs
+from remanence.report.series import series_curves
 from remanence.report.tables import lower_is_better, numbers
 from remanence.report.text import as_json
 
@@ -237,3 +239,35 @@ def test_no_ledger_and_no_run_are_refused(tmp_path):
     Ledger(tmp_path / "empty.sqlite").close()
     with pytest.raises(Mistake, match="no run"):
         numbers([tmp_path / "empty.sqlite"])
+
+
+def many_requests(count: int) -> Life:
+    """A life of `count` requests after one task, two seeds: request i scores i / 10 before it is served, 0.01 i when it is, 0.001 i afterwards."""
+    events = [{"event": 1, "name": "task", "verb": "learn", "complete": True, "start": 0, "end": 5}]
+    events += [{"event": 2 + n, "name": f"r{n}", "verb": "forget", "complete": True, "start": 5 + n, "end": 6 + n} for n in range(count)]
+    numbers = range(count + 2)
+    found = {}
+    for n in range(count):
+        scores = [0.1 * n if at < 2 + n else 0.01 * n if at == 2 + n else 0.001 * n for at in numbers]
+        found[f"r{n}/forget"] = Series([(at, END) for at in numbers], [float(at) for at in numbers], np.array([[s, s + 1] for s in scores]))
+    return Life("life", False, [], events, {("recall", "exact"): found})
+
+
+def test_many_requests_are_averaged_before_at_and_after_they_are_served() -> None:
+    measure = {"probe": "recall", "metric": "exact"}
+    before, now, later = series_curves(many_requests(6), measure, [f"r{n}" for n in range(6)])
+    assert [curve["subject"] for curve in (before, now, later)] == ["asked before", "asked now", "not yet asked"]
+    means = {curve["subject"]: [point["mean"] for point in curve["points"]] for curve in (before, now, later)}
+    assert means["asked now"][:2] == [None, None]
+    assert means["asked now"][2:] == pytest.approx([0.01 * n + 0.5 for n in range(6)])
+    assert means["asked before"][4] == pytest.approx(0.001 * 0.5 + 0.5)  # of r0 and r1, when r2 is served
+    assert means["not yet asked"][:2] == pytest.approx([0.1 * 2.5 + 0.5] * 2)
+    assert means["not yet asked"][4] == pytest.approx(0.1 * 4 + 0.5)  # of r3, r4, r5
+    assert means["not yet asked"][7] is None
+    assert before["points"][4]["seeds"] == 2
+    assert before["points"][4]["x"] == 8.0
+
+
+def test_few_requests_are_not_averaged() -> None:
+    assert series_curves(many_requests(5), {"probe": "recall", "metric": "exact"}, [f"r{n}" for n in range(5)]) == []
+    assert series_curves(many_requests(6), {"probe": "loss", "metric": "loss"}, [f"r{n}" for n in range(6)]) == []

@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from remanence.errors import Mistake
 from remanence.ledger import END, Ledger
+from remanence.receipts import receipts_of
 
 Moment = tuple[int, int]  # (event, step), step END after the event
 
@@ -36,6 +37,7 @@ class Run:
     scores: list[dict[str, Any]]
     losses: list[dict[str, Any]]
     moved: list[dict[str, Any]]
+    receipts: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def read_runs(paths: Sequence[str | Path]) -> list[Run]:
                         scores=ledger.rows("scores", run),
                         losses=ledger.read("SELECT event, stage, step, value FROM steps WHERE run = ? AND metric = 'loss'", run),
                         moved=ledger.rows("moved", run),
+                        receipts=receipts_of(ledger, run),
                     )
                 )
     if not found:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from remanence.errors import Mistake, nearest
 from remanence.ledger import TABLES, Ledger
 from remanence.report import draw, text
+from remanence.report.series import MANY
 from remanence.report.tables import PARTS, numbers
 from remanence.storage import whole_folder, write_text
 
@@ -23,6 +24,7 @@ FORMATS = ("html", "md", "json")
 WIDE, NARROW = 1136, 330  # px of a full row on a desk and on a phone
 FIRST = 0.42  # share of the row that the first of three panels takes
 PART_SHADES = {"forget": "erase", "retain": "c0", "neighbours": "c2", "holdout": "quiet"}
+SERIES_SHADES = {"asked before": "erase", "asked now": "erase dashed", "not yet asked": "c0"}
 # heat from which a cell's number takes the other ink: with the colours of page.css.jinja every cell has a contrast of at least 4.5 to 1
 FLIP = 65
 SHADES = 6  # colours of the palette; beyond them the dash changes
@@ -131,6 +133,8 @@ def as_html(report: dict[str, Any], data: str | None = None) -> str:
         others=[found for found in measures if not found["measure"]["lead"] and found["measure"]["any"]],
         moved=[_moved(life) for life in report["lives"] if life["moved"]],
         works=[_work(life) for life in report["lives"]],
+        receipts=[(life, receipt) for life in report["lives"] for receipt in life["receipts"]],
+        many=MANY,
         data=data,
     )
 
@@ -220,20 +224,23 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
     times = draw.timelines([life["events"] for life in report["lives"]])
     letters: dict[str | None, int] = {}  # one margin per column of panels, so that the lives' axes align
     for life in report["lives"]:
-        for curve in life["curves"]:
+        for curve in [*life["curves"], *life["series"]]:
             if (curve["probe"], curve["metric"]) == (measure["probe"], measure["metric"]):
-                role = roles[curve["subject"]]
+                role = roles.get(curve["subject"], {"part": None, "request": None})
                 length = len(role["part"] or curve["subject"]) + 1 + len(text.shown(_last(curve), measure["share"]))
                 letters[role["request"]] = max(letters.get(role["request"], 0), length)
     figures = []
     for life, time in zip(report["lives"], times):
         found = [curve for curve in life["curves"] if (curve["probe"], curve["metric"]) == (measure["probe"], measure["metric"])]
         requests = dict.fromkeys(roles[curve["subject"]]["request"] for curve in found)
-        panels = []
-        for request in requests:
+        panels: list[tuple[str, str | None, list[dict[str, Any]]]] = []
+        together = [curve for curve in life["series"] if (curve["probe"], curve["metric"]) == (measure["probe"], measure["metric"])]
+        for request in [name for name in requests if name is None] if together else requests:
             curves = [curve for curve in found if roles[curve["subject"]]["request"] == request]
             title = "What it learned" if request is None else f"Request {request}"
             panels.append((title, request, curves))
+        if together:
+            panels.append((f"{len(requests) - (None in requests)} requests together", None, together))
         columns = {1: 1, 2: 2, 4: 2}.get(len(panels), 3)
         drawn: list[dict[str, Any]] = []
         for title, request, curves in panels:
@@ -241,7 +248,10 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
             for curve in curves if request is None else reversed(curves):  # the forget set is drawn last, on top
                 subject, points = curve["subject"], curve["points"]
                 name = subject if request is None else roles[subject]["part"]
-                shade = _shade(known, subject) if request is None else f"{PART_SHADES[name]} {'dashed' if name == 'forget' else ''}"
+                if curves is together:
+                    shade = SERIES_SHADES[subject]
+                else:
+                    shade = _shade(known, subject) if request is None else f"{PART_SHADES[name]} {'dashed' if name == 'forget' else ''}"
                 taught = next((event["end"] for event in life["events"] if event["name"] == subject and event["verb"] == "learn"), None)
                 lines.append(
                     draw.Line(

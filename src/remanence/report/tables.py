@@ -3,7 +3,7 @@
 | key | what |
 |-----|------|
 | measures | what was measured, the leading one first: probe, metric, direction, unit, range |
-| lives | runs, events, headline, curves, matrix, moved weights and training losses of each life |
+| lives | runs, events, headline, curves, matrix, receipts, moved weights and training losses of each life, and where it served many requests their curves together |
 | requests | the sets of each request, before, after and at the end of each life, and in the oracle |
 
 Every number that is a mean over seeds stands as {mean, half, seeds}: half is the half-width of its 95 % t-interval, None with fewer than
@@ -23,6 +23,7 @@ from jaxtyping import Float
 from remanence.ledger import END
 from remanence.report.interval import t_interval
 from remanence.report.lives import Life, Series, group, read_runs
+from remanence.report.series import series_curves
 
 FORMAT = 1
 PARTS = ("forget", "retain", "neighbours", "holdout")
@@ -186,9 +187,11 @@ def _life(
         "events": life.events,
         "headline": headline(life, own, roles, lives),
         "curves": [curve(measure, subject, found[subject]) for measure, found in present for subject in order if subject in found],
+        "series": [curve for measure in measured for curve in series_curves(life, measure, requests)],
         "matrix": [
             matrix_row(life, measure, subject, found[subject]) for measure, found in present for subject in order if subject in found
         ],
+        "receipts": [receipt for run in life.runs for receipt in run.receipts],
         "moved": moved(life),
         "losses": losses(life),
     }

@@ -220,6 +220,31 @@ def as_markdown(report: dict[str, Any], data: str | None = None) -> str:
                 for event in life["events"]
             ),
         )
+    receipts = [(life["life"], receipt) for life in report["lives"] for receipt in life["receipts"]]
+    if receipts:
+        lines += ["## Receipts", ""]
+        lines += _table(
+            ("life", "run", "event", "request", "rows", "hash of the rows", "method", "weights before", "weights after", "audit"),
+            (
+                (
+                    name,
+                    one["run"],
+                    one["event"],
+                    one["request"],
+                    (one["asked"] or {}).get("forget", {}).get("rows", MISSING),
+                    (one["asked"] or {}).get("forget", {}).get("sha256", MISSING)[:16],
+                    one["method"],
+                    one["weights"]["before"][:16],
+                    one["weights"]["after"][:16],
+                    (one["audit"] or {}).get("verdict", MISSING),
+                )
+                for name, one in receipts
+            ),
+        )
+        for name, one in receipts:
+            for reason in (one["audit"] or {}).get("reasons", ()):
+                lines.append(f"- {_cell(name)}, {_cell(one['request'])}: {_cell(reason)}")
+        lines.append("")
     lines += ["## Runs", ""]
     lines += _table(
         ("life", "run", "seed", "parameters", "events", "versions", "recipe"),
