@@ -95,7 +95,7 @@ class Life:
         oracle: a life that never sees what later requests ask to forget, and for which requests do nothing: the reference for all others.
         description: put into the ledger with the run (plain JSON).
         trust_remote_code: let a model that is loaded again on resume run the code that comes with it.
-        keep_models: keep the model after every event as a folder of its own.
+        keep_models: folder that gets the model after every event, as `event-0001`, `event-0002`, ...; `None` keeps none.
         auditor: attacks every request that was served (holds a copy of the model before it); what it finds is a note of the event.
         oracle_at: gives the oracle's model behind an event's number, for the auditor; `None` where there is none.
         moved: record how far each weight moved in each event (holds a copy of the weights during the event).
@@ -116,7 +116,7 @@ class Life:
     oracle: bool = False
     description: dict[str, Any] = field(default_factory=dict)
     trust_remote_code: bool = False
-    keep_models: bool = False
+    keep_models: Path | None = None
     auditor: Auditor | None = None
     oracle_at: Callable[[int], nn.Module | None] | None = None
     moved: bool = True
@@ -360,14 +360,15 @@ class Life:
             return
         from remanence.models.load import save_model
 
-        place, state, methods = self.folder, model_state(self.model), gathered([method.state_dict() for method in self._stateful])
+        state, methods = model_state(self.model), gathered([method.state_dict() for method in self._stateful])
 
         def save() -> None:
             with whole_folder(self._state_folder(number)) as temporary:
                 save_model(self.model, self.processor, temporary / "model", state_dict=state)
                 save_tree(temporary / "methods.safetensors", methods)
-            if self.keep_models:
-                shutil.copytree(self._state_folder(number) / "model", place / "models" / f"event-{number:04d}", dirs_exist_ok=True)
+            if self.keep_models is not None:
+                with whole_folder(self.keep_models / f"event-{number:04d}") as temporary:
+                    shutil.copytree(self._state_folder(number) / "model", temporary, dirs_exist_ok=True)
 
         by_main(save)
 

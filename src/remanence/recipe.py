@@ -136,7 +136,7 @@ class Recipe(_Strict):
     lives: dict[LifeName, LifeClause] = Field(default_factory=dict, description="lives side by side; by default one, called `life`")
     seed: Seed = Field(0, description="of every random stream")
     output: str | None = Field(None, description="folder of the results; by default runs/NAME")
-    keep_models: bool = Field(False, description="keep the model after every event")
+    keep_models: bool = Field(False, description="keep the model after every event, in LIFE/models/seed-SEED/event-0001 and so on")
     dtype: str | None = Field(
         None, pattern="^(float32|bfloat16|float16|float64)$", description="of the weights; by default the model's own"
     )
@@ -341,7 +341,6 @@ class Recipe(_Strict):
             oracle=self.lives.get(name, LifeClause()).oracle,
             description={"recipe": self.model_dump(mode="json")},
             trust_remote_code=self.trust_remote_code,
-            keep_models=self.keep_models,
             progress=progress,
         )
 

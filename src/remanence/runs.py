@@ -2,7 +2,8 @@
 
 OUTPUT/ledger.sqlite    every number
 OUTPUT/LIFE/model/      the model at the end of the life, an ordinary Hugging Face folder
-OUTPUT/LIFE/state/      the state behind the last complete event (removed when the life is over)
+OUTPUT/LIFE/models/     the model after every event, where the recipe says `keep_models`
+OUTPUT/LIFE/work/       the state behind the last complete event (removed when the life is over)
 OUTPUT/receipts/        one file per served request (see `remanence.receipts`)
 OUTPUT/recipe.yaml      what was run
 OUTPUT/report.html      made from the ledger alone
@@ -103,6 +104,8 @@ def run_recipe(
             folder, state = place / name, place / name / "work" / f"seed-{seed}"
             life = first if number == 0 else recipe.life(name, seed=seed, progress=progress)
             life.ledger, life.folder = ledger, state
+            if recipe.keep_models:
+                life.keep_models = folder / "models" / f"seed-{seed}"
             if life.lived() == len(life.deeds) and from_main((folder / "model").is_dir() and not state.exists()):
                 continue
             life.run(resume=resume)

@@ -10,6 +10,7 @@ import pytest
 
 from remanence.errors import Mistake
 from remanence.ledger import Ledger
+from remanence.models.load import load_model, weights_hash
 from remanence.recipe import Recipe
 from remanence.runs import locked, run_recipe
 
@@ -90,3 +91,13 @@ def test_a_lock_holds_one_run_and_is_free_afterwards(tmp_path: Path) -> None:
         pass
     with locked(tmp_path):
         assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_kept_models_are_ordinary_folders_that_stay_when_the_run_is_over(tmp_path: Path) -> None:
+    recipe = Recipe.of(TREE | {"keep_models": True})
+    place = run_recipe(recipe, output=tmp_path / "out", progress=False, report=False)
+    folders = sorted(place.glob("life/models/seed-0/*"))
+    assert [folder.name for folder in folders] == [f"event-{number:04d}" for number in range(1, len(recipe.events) + 1)]
+    with Ledger(place / "ledger.sqlite", create=False) as ledger:
+        after = [row["weights_after"] for row in ledger.rows("events")]
+    assert [weights_hash(load_model(folder).model) for folder in folders] == after
