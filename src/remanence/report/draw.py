@@ -147,7 +147,9 @@ def curves(
         room = int((x1 - x0 - 8) / LETTER)
         words = f"{event['event']} {event['name']}"
         words = words if len(words) <= room else (cut(words, room) if room >= 11 else str(event["event"]))
-        out.append(f'<text class="cap {verb}" x="{(x0 + x1) / 2:.1f}" y="{top - 7}" text-anchor="middle">{escape(words)}</text></g>')
+        if len(words) * LETTER <= x1 - x0:  # among many events there is no room for numbers
+            out.append(f'<text class="cap {verb}" x="{(x0 + x1) / 2:.1f}" y="{top - 7}" text-anchor="middle">{escape(words)}</text>')
+        out.append("</g>")
     for mark in marks:
         out.append(f'<line class="grid" x1="{left}" x2="{left + inner_w:.1f}" y1="{py(mark):.1f}" y2="{py(mark):.1f}"/>')
         out.append(f'<text class="tick" x="{left - 5}" y="{py(mark) + 3.5:.1f}" text-anchor="end">{tick_text(mark, scale["share"])}</text>')

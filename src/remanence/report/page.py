@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ PART_SHADES = {"forget": "erase", "retain": "c0", "neighbours": "c2", "holdout":
 SERIES_SHADES = {"asked before": "erase", "asked now": "erase dashed", "not yet asked": "c0"}
 # heat from which a cell's number takes the other ink: with the colours of page.css.jinja every cell has a contrast of at least 4.5 to 1
 FLIP = 65
+MOVES = 12  # events whose moved weights are drawn: those that moved any of them farthest
 SHADES = 6  # colours of the palette; beyond them the dash changes
 
 
@@ -113,11 +115,12 @@ def as_html(report: dict[str, Any], data: str | None = None) -> str:
         "flip": FLIP,
     }
     engine.filters["path"] = quote
+    many = any(life["series"] for life in report["lives"])  # then only the leading measures have room for every set after every event
     measures = [
         {
             "measure": measure,
             "figures": _figures(report, measure),
-            "matrices": _matrices(report, measure),
+            "matrices": _matrices(report, measure) if measure["lead"] or not many else [],
             "bars": _bars(report, measure),
         }
         for measure in report["measures"]
@@ -287,13 +290,26 @@ def _figures(report: dict[str, Any], measure: dict[str, Any]) -> list[dict[str, 
                 {
                     "life": life["life"],
                     "oracle": life["oracle"],
-                    "events": life["events"],
+                    "events": listed(life["events"]),
                     "columns": f"{columns}{'' if len(panels) <= 4 else 'e'}",
                     "panels": drawn,
                     "seeds": len(life["seeds"]),
                 }
             )
     return figures
+
+
+def listed(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the events for a list, a long run of requests as one entry."""
+    found: list[dict[str, Any]] = []
+    for _, run in itertools.groupby(events, key=lambda event: (event["verb"] == "forget", event["complete"])):
+        same = list(run)
+        if same[0]["verb"] != "forget" or len(same) < MANY:
+            found += same
+            continue
+        ends = {"event": f"{same[0]['event']} to {same[-1]['event']}", "name": f"{same[0]['name']} to {same[-1]['name']}"}
+        found.append(same[0] | ends | {"steps": sum(event["steps"] for event in same)})
+    return found
 
 
 def _last(curve: dict[str, Any]) -> float | None:
@@ -350,7 +366,10 @@ def _moved(life: dict[str, Any]) -> dict[str, Any]:
     columns = [*([None] if bare else []), *layers]
     names = {event["event"]: event for event in life["events"]}
     events = []
-    for number in dict.fromkeys(row["event"] for row in life["moved"]):
+    numbers = list(dict.fromkeys(row["event"] for row in life["moved"]))
+    far = {number: max((row["relative"] or 0.0 for row in life["moved"] if row["event"] == number), default=0.0) for number in numbers}
+    shown = sorted(sorted(numbers, key=lambda number: -far[number])[:MOVES])
+    for number in shown:
         cells = {(row["role"], row["layer"]): row for row in life["moved"] if row["event"] == number}
         table = [
             (
@@ -363,7 +382,7 @@ def _moved(life: dict[str, Any]) -> dict[str, Any]:
             for role in roles
         ]
         events.append({"event": names.get(number, {"event": number, "name": "", "verb": ""}), "table": table})
-    return {"life": life["life"], "columns": columns, "events": events, "top": top}
+    return {"life": life["life"], "columns": columns, "events": events, "top": top, "left_out": len(numbers) - len(shown)}
 
 
 def _heat(value: float | None, top: float) -> int:
