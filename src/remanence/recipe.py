@@ -120,6 +120,7 @@ class LifeClause(_Strict):
     forget: Clause | None = Field(None, description="forgetter of this life")
     oracle: bool = Field(False, description="never see what will be forgotten; requests do nothing")
     training: dict[str, Any] = Field(default_factory=dict, description="training settings of this life")
+    forgetting: dict[str, Any] = Field(default_factory=dict, description="training settings of this life's requests, on top of `training`")
 
 
 class Recipe(_Strict):
@@ -220,7 +221,7 @@ class Recipe(_Strict):
         return None if chosen.oracle else event.method or chosen.forget or self.forget
 
     def settings(self, life: str, event: LearnEvent | ForgetEvent, place: str = "") -> Settings:
-        """Return the training settings of an event in a life: recipe, then `forgetting`, then life, then event."""
+        """Return the training settings of an event in a life: recipe, then `forgetting`, then life and its `forgetting`, then event."""
         from remanence.training.trainer import Settings
 
         chosen = self.lives.get(life, LifeClause())
@@ -228,6 +229,8 @@ class Recipe(_Strict):
         if isinstance(event, ForgetEvent):
             found = found.changed(f"{place}forgetting", self.forgetting)
         found = found.changed(f"{place}lives.{life}.training", chosen.training)
+        if isinstance(event, ForgetEvent):
+            found = found.changed(f"{place}lives.{life}.forgetting", chosen.forgetting)
         return found.changed(f"{place}event '{_event_name(event)}'.training", event.training)
 
     def _methods(self, life: str, place: str = "") -> list[tuple[Any, Settings, str]]:

@@ -126,3 +126,22 @@ def test_probes_read_rows_as_training_lays_them_out(path: Path) -> None:
     assert set(probes) == {"recall", "loss"}
     assert all((probe.length, probe.template) == (99, template) for probe in probes.values())
     assert all(probe.limit is None for name, probe in probes.items() if name == "recall")
+
+
+def test_a_life_may_forget_at_a_rate_of_its_own() -> None:
+    tree = {
+        "name": "rates",
+        "model": "desk:mlp-digits",
+        "training": {"lr": 0.1},
+        "forgetting": {"lr": 0.2},
+        "lives": {"a": {}, "b": {"training": {"lr": 0.3}}, "c": {"training": {"lr": 0.3}, "forgetting": {"lr": 0.4}}},
+        "events": [
+            {"learn": "x", "kind": "classes", "data": {"digits": {}}},
+            {"forget": "y", "kind": "classes", "data": {"digits": {"classes": [3]}}},
+        ],
+    }
+    recipe = Recipe.of(tree)
+    rates = {life: [recipe.settings(life, event).lr for event in recipe.events] for life in "abc"}
+    assert rates == {"a": [0.1, 0.2], "b": [0.3, 0.3], "c": [0.3, 0.4]}
+    with pytest.raises(Mistake, match="lives.a.forgetting.lrr: unknown key; did you mean 'lr'"):
+        Recipe.of(tree | {"lives": {"a": {"forgetting": {"lrr": 1}}}})
