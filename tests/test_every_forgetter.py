@@ -19,6 +19,7 @@ from remanence.forget.gradient_difference import GradientDifference
 from remanence.forget.kl import AscentKL
 from remanence.forget.npo import NPO
 from remanence.forget.retrain import Retrain
+from remanence.forget.rmu import RMU
 from remanence.forget.ssd import SSD
 from remanence.models.adapters import add_lora
 from remanence.stream import Forgetter, Request, Task
@@ -42,6 +43,7 @@ TRAINED: dict[str, Callable[[], Any]] = {  # those that take optimizer steps
     "npo": NPO,
     "npo_kl": lambda: NPO(retain="kl"),
     "npo_alone": lambda: NPO(retain="none"),
+    "rmu": RMU,
 }
 METHODS = TRAINED | {"ssd": SSD}
 NOTHING: dict[str, Callable[[], Any]] = {
@@ -51,6 +53,7 @@ NOTHING: dict[str, Callable[[], Any]] = {
     "npo": lambda: NPO(gamma=0, alpha=0),
     "npo_kl": lambda: NPO(retain="kl", gamma=0, alpha=0),
     "npo_alone": lambda: NPO(retain="none", gamma=0),
+    "rmu": lambda: RMU(gamma=0, alpha=0),
     "ssd": lambda: SSD(alpha=math.inf),
 }
 IMAGES = ["retrain", "gradient_ascent", "gradient_difference", "kl", "npo", "ssd"]

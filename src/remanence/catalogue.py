@@ -168,6 +168,15 @@ ENTRIES: tuple[Entry, ...] = (
         "2404.05868",
     ),
     Entry(
+        "rmu",
+        "forget",
+        "forget.rmu:RMU",
+        "local weights",
+        "Steer the hidden states of the forget rows to a random vector, hold those of the retain rows; a few matrices move.",
+        "The WMDP Benchmark: Measuring and Reducing Malicious Use with Unlearning, Li et al. 2024",
+        "2403.03218",
+    ),
+    Entry(
         "ssd",
         "forget",
         "forget.ssd:SSD",
