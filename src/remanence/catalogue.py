@@ -177,6 +177,15 @@ ENTRIES: tuple[Entry, ...] = (
         "2403.03218",
     ),
     Entry(
+        "task-vector",
+        "forget",
+        "forget.task_vector:TaskVector",
+        "local weights",
+        "Fine-tune a copy on the forget set and subtract the difference; learn new answers afterwards where asked.",
+        "Editing Models with Task Arithmetic, Ilharco et al. 2022",
+        "2212.04089",
+    ),
+    Entry(
         "ssd",
         "forget",
         "forget.ssd:SSD",
