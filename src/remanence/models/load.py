@@ -336,9 +336,9 @@ def _config(source: Path | str, trust: bool) -> Any:
     """Read a configuration from a folder, a JSON file or the hub."""
     from transformers import AutoConfig
 
-    from remanence.models import desk_vision, ensemble
+    from remanence.models import desk_vision, ensemble, guarded
 
-    for ours in (desk_vision, ensemble):
+    for ours in (desk_vision, ensemble, guarded):
         ours.register()
     if isinstance(source, Path):
         _json(source / "config.json" if source.is_dir() else source)
