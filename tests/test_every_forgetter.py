@@ -19,7 +19,9 @@ from remanence.forget.gradient_difference import GradientDifference
 from remanence.forget.kl import AscentKL
 from remanence.forget.npo import NPO
 from remanence.forget.retrain import Retrain
+from remanence.forget.rmu import RMU
 from remanence.forget.ssd import SSD
+from remanence.forget.task_vector import TaskVector
 from remanence.models.adapters import add_lora
 from remanence.stream import Forgetter, Request, Task
 from remanence.training.batches import IGNORED
@@ -42,6 +44,8 @@ TRAINED: dict[str, Callable[[], Any]] = {  # those that take optimizer steps
     "npo": NPO,
     "npo_kl": lambda: NPO(retain="kl"),
     "npo_alone": lambda: NPO(retain="none"),
+    "rmu": RMU,
+    "task_vector": TaskVector,
 }
 METHODS = TRAINED | {"ssd": SSD}
 NOTHING: dict[str, Callable[[], Any]] = {
@@ -51,9 +55,11 @@ NOTHING: dict[str, Callable[[], Any]] = {
     "npo": lambda: NPO(gamma=0, alpha=0),
     "npo_kl": lambda: NPO(retain="kl", gamma=0, alpha=0),
     "npo_alone": lambda: NPO(retain="none", gamma=0),
+    "rmu": lambda: RMU(gamma=0, alpha=0),
+    "task_vector": lambda: TaskVector(alpha=0),
     "ssd": lambda: SSD(alpha=math.inf),
 }
-IMAGES = ["retrain", "gradient_ascent", "gradient_difference", "kl", "npo", "ssd"]
+IMAGES = ["retrain", "gradient_ascent", "gradient_difference", "kl", "npo", "ssd", "task_vector"]
 FAMILIES = ["llama", "gpt2", "qwen2"]
 
 TOKENIZER = toy_tokenizer()

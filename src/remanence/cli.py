@@ -252,13 +252,34 @@ def report(
 
 
 @app.command()
-def systems(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def systems(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    forgetters: Annotated[bool, typer.Option("--forgetters", help="Every known way to forget instead, built or not.")] = False,
+) -> None:
     """List every method and probe: name, verb, family, paper, and what its claim's last recorded run said.
 
     Example: `remanence systems --json`
+
+    With `--forgetters`: every known way to make a model forget, what it needs, what it promises, what it costs, and whether it is built here.
     """
+    from remanence.forgetters import methods
     from remanence.systems import system_rows
 
+    if forgetters:
+        known = methods()
+        if as_json:
+            print(json.dumps(known, indent=1))
+            return
+        columns = ("method", "family", "needs", "guarantee", "cost", "here")
+        _table(
+            "ways to forget",
+            columns,
+            [
+                (each["name"], each["family"], ", ".join(each["needs"]), each["guarantee"], each["cost"], each["method"] or each["status"])
+                for each in known
+            ],
+        )
+        return
     rows = system_rows()
     if as_json:
         print(json.dumps(rows, indent=1))

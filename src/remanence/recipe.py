@@ -234,7 +234,7 @@ class Recipe(_Strict):
         return found.changed(f"{place}event '{_event_name(event)}'.training", event.training)
 
     def _methods(self, life: str, place: str = "") -> list[tuple[Any, Settings, str]]:
-        """Build each event's method; equal clauses share one object, so that a learner keeps its state from task to task."""
+        """Build each event's method; equal clauses share one object, so that a learner keeps its state from task to task (and forgets with it, if it can)."""
         from remanence.catalogue import build, label
 
         made: dict[str, Any] = {}
@@ -250,7 +250,7 @@ class Recipe(_Strict):
                 where = (
                     f"{place}events.{number}.method" if event.method else f"{place}lives.{life}.{verb}" if self.lives else f"{place}{verb}"
                 )
-                made[key] = build(clause, verb, where)
+                made[key] = _same_object(build(clause, verb, where), made.values())
             found.append((made[key], settings, label(clause)))
         return found
 
@@ -388,6 +388,15 @@ def _sample(rows: Dataset, limit: int | None) -> Dataset:
     if limit is None or limit >= len(rows):
         return rows
     return rows.select([number * len(rows) // limit for number in range(limit)])
+
+
+def _same_object(method: Any, others: Iterable[Any]) -> Any:
+    """Return the object among others that is a learner and a forgetter in one, with the same settings as this one; else this one."""
+    from remanence.stream import Forgetter, Learner
+
+    if not (isinstance(method, Learner) and isinstance(method, Forgetter)):
+        return method
+    return next((other for other in others if type(other) is type(method) and other == method), method)
 
 
 def _event_name(event: LearnEvent | ForgetEvent) -> str:

@@ -224,6 +224,15 @@ def test_frozen_copy_shares_what_is_frozen_and_keeps_what_is_trained() -> None:
     assert model.lm_head.weight.requires_grad
 
 
+def test_frozen_copy_of_a_few_parameters_shares_the_others_and_leaves_their_flags() -> None:
+    model = lm()
+    kept = frozen_copy(model, ["transformer.wpe.weight"])
+    assert kept.transformer.wpe.weight is not model.transformer.wpe.weight
+    assert not kept.transformer.wpe.weight.requires_grad
+    assert all(one is other for (name, one), other in zip(kept.named_parameters(), model.parameters()) if name != "transformer.wpe.weight")
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_ascent_ends_after_the_step_that_passes_the_bound() -> None:
     seen: list[int] = []
     model = lm()

@@ -9,7 +9,7 @@ from remanence.errors import Mistake
 from remanence.models import desk_vision
 from remanence.models.adapters import add_lora
 from remanence.models.forward import evaluating, logits_of
-from remanence.models.roles import MLP, ROLES, head_slice, key_head, part_rows, pick, weights_by_role
+from remanence.models.roles import MLP, ROLES, blocks, head_slice, key_head, part_rows, pick, weights_by_role
 from toy import FAMILIES, HEADS, toy_batch, toy_classifier, toy_lm
 
 TIED = {"gpt2", "gemma", "gemma2"}
@@ -254,3 +254,17 @@ def test_unknown_roles_and_layers_are_refused():
     neox = toy_lm("gpt_neox")
     with pytest.raises(Mistake, match="not divided among heads"):
         head_slice(neox, pick(neox, "output", kind="bias")[0], 0)
+
+
+def test_blocks_are_modules_in_order_under_wrappers_too(model):
+    names = blocks(model)
+    assert len(names) == 2
+    assert [int(name.rpartition(".")[2]) for name in names] == [0, 1]
+    assert all(type(model.get_submodule(name)) is type(model.get_submodule(names[0])) for name in names)
+    adapted = add_lora(model, rank=2)
+    assert [adapted.get_submodule(name) for name in blocks(adapted)] == [model.get_submodule(name) for name in names]
+
+
+def test_a_model_without_blocks_is_refused():
+    with pytest.raises(Mistake, match="no blocks are known"):
+        blocks(toy_classifier())

@@ -3,7 +3,7 @@ import torch
 
 from remanence.errors import Mistake
 from remanence.models.forward import logits_of
-from remanence.models.taps import tap
+from remanence.models.taps import output_of, tap
 from toy import toy_batch, toy_lm
 
 
@@ -61,3 +61,19 @@ def test_unknown_modules_and_sides_are_refused():
     with pytest.raises(Mistake, match="sides are input and output"), tap(model, ["model"], side="left"):
         pass
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize(("family", "block", "above"), [("llama", "model.layers.0", "model.layers.1"), ("gpt2", "transformer.h.1", None)])
+def test_a_pass_that_ends_early_gives_the_same_states_and_gradients(family, block, above):
+    model, batch = toy_lm(family), toy_batch()
+    with tap(model, [block], detach=False) as seen:
+        logits_of(model, batch)
+    whole = seen[block][0]
+    part = output_of(model, batch, block, before=above)
+    assert torch.equal(part, whole)
+    weight = next(parameter for name, parameter in model.named_parameters() if name.startswith(block))
+    one, other = (torch.autograd.grad(states.square().sum(), weight)[0] for states in (part, whole))
+    assert torch.equal(one, other)
+    assert hooks(model) == 0
+    with pytest.raises(Mistake, match="no module 'model.layer.1'"):
+        output_of(model, batch, block, before="model.layer.1")

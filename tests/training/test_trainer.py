@@ -108,6 +108,20 @@ def test_killed_and_resumed_ends_with_the_same_bits(tmp_path, kill_at: int) -> N
     assert same(live(tmp_path, None), whole)
 
 
+def test_a_stage_done_over_again_in_another_event_ends_with_the_same_bits() -> None:
+    def trained(seed: int, lr: float, before: int) -> nn.Module:
+        trainer = Trainer(Settings(steps=1, lr=lr), seed=seed)
+        for _ in range(before):  # other stages first
+            trainer.fit(net(), Batches(points(), 5))
+        model = net(dropout=0.5)
+        with trainer.settled(Settings(steps=3, lr=0.05)):
+            trainer.fit(model, Batches(points(), 5, seed=2), noise=7)
+        assert trainer.settings.lr == lr
+        return model
+
+    assert same(trained(1, 0.1, 0), trained(2, 0.2, 2))
+
+
 def test_fit_leaves_generators_modes_and_flags_as_they_were() -> None:
     model = net(dropout=0.5).eval()
     model[0].bias.requires_grad_(False)

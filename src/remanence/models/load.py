@@ -336,9 +336,10 @@ def _config(source: Path | str, trust: bool) -> Any:
     """Read a configuration from a folder, a JSON file or the hub."""
     from transformers import AutoConfig
 
-    from remanence.models import desk_vision
+    from remanence.models import desk_vision, ensemble, guarded
 
-    desk_vision.register()
+    for ours in (desk_vision, ensemble, guarded):
+        ours.register()
     if isinstance(source, Path):
         _json(source / "config.json" if source.is_dir() else source)
     try:

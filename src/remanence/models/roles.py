@@ -150,6 +150,22 @@ def pick(
     ]
 
 
+def blocks(model: nn.Module) -> list[str]:
+    """Return the names of the model's blocks, in their order; their outputs are the hidden states.
+
+    Raises:
+        Mistake: the model has none that are known.
+    """
+    found: dict[int, str] = {}
+    for name, _ in model.named_parameters():
+        match = _LAYER.search(name)
+        if match:
+            found.setdefault(int(match[1]), name[: match.end() - 1])
+    if not found:
+        raise Mistake(type(unwrapped(model)).__name__, "no blocks are known", "use a transformer, or name a module yourself")
+    return [found[number] for number in sorted(found)]
+
+
 def head_slice(model: nn.Module, weight: Weight, head: int, part: str | None = None) -> tuple[slice, ...]:
     """Return the index of one attention head in a parameter: `parameter[head_slice(...)]`, a view.
 

@@ -1,14 +1,15 @@
-"""Read the activations of named modules while a model runs."""
+"""Read the activations of named modules while a model runs, the whole of it or as far as is needed."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from remanence.errors import Mistake, nearest
+from remanence.models.forward import logits_of
 
 
 @contextlib.contextmanager
@@ -54,6 +55,38 @@ def tap(model: nn.Module, names: Sequence[str], *, side: str = "output", detach:
                 handle = modules[name].register_forward_hook(after)
             hooks.callback(handle.remove)
         yield seen
+
+
+class _Reached(Exception):
+    """Ends a forward pass where what was asked for is there."""
+
+
+def output_of(model: nn.Module, batch: Mapping[str, Any], name: str, *, before: str | None = None) -> Tensor:
+    """Return what a module gives on a batch, with its graph.
+
+    Args:
+        model: any module.
+        batch: as for `logits_of`.
+        name: of the module.
+        before: module that runs after it; the pass ends there, so that nothing above is computed. `None` runs the whole model.
+
+    Raises:
+        Mistake: an unknown module.
+    """
+    modules = dict(model.named_modules())
+    if before is not None and before not in modules:
+        raise Mistake("tap", f"{type(model).__name__} has no module '{before}'", nearest(before, modules))
+
+    def stop(*_: object) -> None:
+        raise _Reached
+
+    with contextlib.ExitStack() as hooks:
+        seen = hooks.enter_context(tap(model, [name], detach=False))
+        if before is not None:
+            hooks.callback(modules[before].register_forward_pre_hook(stop).remove)
+        with contextlib.suppress(_Reached):
+            logits_of(model, batch)
+    return seen[name][-1]
 
 
 def _first_tensor(values: tuple[Any, ...], name: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 
 import torch
 from jaxtyping import Float, Int
@@ -13,14 +14,23 @@ from remanence.models.forward import logits_of
 from remanence.training.batches import IGNORED, Batch
 
 
-def frozen_copy(model: nn.Module) -> nn.Module:
+def frozen_copy(model: nn.Module, moving: Collection[str] | None = None) -> nn.Module:
     """Return the model as it is now, in evaluation mode and without gradients.
 
     Parameters in training are copied, frozen ones are shared: under LoRA the copy costs the adapter alone, and is exact even where the adapter was
     trained before (switching it off would give the model before that).
+
+    Args:
+        model: any module.
+        moving: names of the parameters that training will move, where those are fewer than the ones that require a gradient; all others are shared.
     """
-    shared = {id(parameter): parameter for parameter in model.parameters() if not parameter.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad} if moving is None else set(moving)
+    shared = {id(parameter): parameter for name, parameter in model.named_parameters() if name not in trained}
+    kept = copy.deepcopy(model, dict(shared)).eval()
+    for parameter in kept.parameters():
+        if id(parameter) not in shared:  # a shared one is the model's own, whose flag stays
+            parameter.requires_grad_(False)
+    return kept
 
 
 def supervised_logits(logits: Float[Tensor, "*B V"], labels: Int[Tensor, "*L"]) -> Float[Tensor, "N V"]:

@@ -302,6 +302,15 @@ class Trainer:
         finally:
             self._only = before
 
+    @contextlib.contextmanager
+    def settled(self, settings: Settings) -> Iterator[None]:
+        """Train by other settings inside (a method that does an earlier event's training over again)."""
+        before, self.settings = self.settings, settings
+        try:
+            yield
+        finally:
+            self.settings = before
+
     def gradient(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
         """Return the mean gradient of a loss over all processes' batches for every parameter in training; `.grad` stays as it is."""
         sharded, world = is_sharded(model), world_size()
@@ -357,6 +366,7 @@ class Trainer:
         parameters: Iterable[str] | None = None,
         after_backward: Callback | None = None,
         after_step: Callback | None = None,
+        noise: int | None = None,
     ) -> nn.Module:
         """Minimise a loss over batches; the model is changed in place and returned.
 
@@ -370,6 +380,7 @@ class Trainer:
             parameters: names of those to train; the others get no gradient and no optimizer state. By default all that require a gradient.
             after_backward: called when gradients are averaged, before clipping.
             after_step: called after the optimizer's step; if it returns `True` the stage ends here (all processes must agree).
+            noise: seed of what layers draw (dropout); by default that of the event and the stage. For a method that does an earlier stage over again.
 
         Raises:
             Mistake: nothing to train, or a loss that is not finite (nothing of the step is saved).
@@ -391,7 +402,8 @@ class Trainer:
         chosen = self._chosen(model, parameters)
         modes = [(module, module.training) for module in model.modules()]
         flags = [parameter.requires_grad for parameter in model.parameters()]  # by place: sharding makes new parameters
-        noise = _NoiseKept(self.accelerator.device)
+        generators = _NoiseKept(self.accelerator.device)
+        drawn = (derive(self.seed, "noise", stage) if noise is None else noise) >> 1
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
         try:
@@ -410,10 +422,11 @@ class Trainer:
                 self._restore(model, descent, self._checkpoints.load(point))
                 start = point.step or 0
             rate = schedule or make_schedule(settings, steps)
-            done = self._loop(model, batches, loss, descent, rate, trained, range(start, steps), first, stage, after_backward, after_step)
+            numbers = range(start, steps)
+            done = self._loop(model, batches, loss, descent, rate, trained, numbers, first, stage, drawn, after_backward, after_step)
             descent.zero_grad(set_to_none=True)
         finally:
-            noise.restore()
+            generators.restore()
             for module, training in modes:
                 module.training = training
             for parameter, flag in zip(model.parameters(), flags, strict=True):
@@ -435,6 +448,7 @@ class Trainer:
         numbers: range,
         first: int,
         stage: int,
+        noise: int,
         after_backward: Callback | None,
         after_step: Callback | None,
     ) -> int:
@@ -442,7 +456,6 @@ class Trainer:
         settings, world, place, device = self.settings, world_size(), rank(), self.accelerator.device
         parts, replicated = settings.accumulate, world > 1 and not is_sharded(model)
         base = [group["lr"] for group in descent.param_groups]
-        noise = derive(self.seed, "noise", stage) >> 1
         log = _Log(self, stage, numbers, first)
         with log:
             for number in numbers:
