@@ -240,6 +240,14 @@ ENTRIES: tuple[Entry, ...] = (
         "Does the model give the answer: greedy match, probability, rank; direct and paraphrased.",
         kinds=("qa",),
     ),
+    Entry(
+        "memorisation",
+        "measure",
+        "measure.memorisation:Memorisation",
+        "probe",
+        "How much of each row is known by heart: exact memorisation, extraction strength, truth ratio.",
+        kinds=("text", "qa", "chat"),
+    ),
     Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right.", kinds=("classes", "images")),
 )
 

@@ -234,6 +234,63 @@ def measure(
 
 
 @app.command()
+def audit(
+    model: Annotated[str, typer.Argument(help="Model that was asked to forget: folder, hub id, or desk:NAME.")],
+    request: Annotated[str, typer.Option(help="Rows that it was asked to forget.")],
+    reference: Annotated[str, typer.Option(help="The model before it forgot.")],
+    oracle: Annotated[str | None, typer.Option(help="A model that was trained without the rows.")] = None,
+    retain: Annotated[str | None, typer.Option(help="Rows that must stay.")] = None,
+    holdout: Annotated[str | None, typer.Option(help="Rows like the forgotten ones that no model ever saw.")] = None,
+    neighbours: Annotated[str | None, typer.Option(help="Rows close to the forgotten ones that must stay.")] = None,
+    kind: KindOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of Markdown.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write it to a .json, .md or .html file, or the curve to a .png or .svg.")
+    ] = None,
+    changes: Changes = [],  # noqa: B006
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Find out what a model still holds of rows that it was asked to forget: outputs, membership, attacks, harm; and a verdict.
+
+    Example: `remanence audit desk:bio --reference desk:bio --request '{biographies: {people: 4}}' --retain '{biographies: {people: 20, first: 4}}'
+    --holdout '{biographies: {people: 4, first: 200}}' --set relearn_steps=16 --out audit.json`
+    """
+    from remanence.forget.audit import AuditSettings
+    from remanence.forget.audit import audit as examine
+    from remanence.forget.audit.picture import check_output, write_report
+    from remanence.models.load import load_model
+    from remanence.recipe import _override, expand
+    from remanence.stream import Request
+    from remanence.training.processes import shared_accelerator
+
+    tree: dict[str, Any] = {}
+    for change in changes:
+        _override(tree, change)
+    settings = AuditSettings().changed("--set", tree)
+    if out is not None:
+        check_output(out, settings)
+    kind = kind or _kind(request)
+    parts = {part: _rows(path, kind) for part, path in (("retain", retain), ("neighbours", neighbours), ("holdout", holdout)) if path}
+    asked = Request("request", _rows(request, kind), kind=kind, **parts)
+    device = shared_accelerator().device
+    loaded = {spec: load_model(expand(spec), seed=seed, device=device) for spec in dict.fromkeys((model, reference, oracle)) if spec}
+    found = examine(
+        loaded[model].model,
+        asked,
+        processor=loaded[model].processor,
+        original=loaded[reference].model,
+        oracle=loaded[oracle].model if oracle else None,
+        settings=settings,
+        seed=seed,
+        progress=not quiet,
+    )
+    if out is not None:
+        write_report(found, out)
+    print(json.dumps(found.as_dict(), indent=1) if as_json else found.markdown(), end="\n" if as_json else "")
+
+
+@app.command()
 def report(
     ledger: Annotated[list[Path], typer.Argument(help="Ledgers that runs wrote.")],
     out: Annotated[Path | None, typer.Option("--out", help="File; by default report.html (or .md, .json) beside the first ledger.")] = None,

@@ -66,9 +66,11 @@ class TokenScores(NamedTuple):
     logp: Float[Tensor, " N"]  # natural log of the probability of the right token, fp32
     top: Bool[Tensor, " N"]  # the right token is the argmax
     first_rank: Float[Tensor, " B"]  # rank of each row's first supervised token, NaN for a row without one; only if asked for
+    mean: Float[Tensor, " M"]  # of log p under p over the whole vocabulary; M = N if asked for, else 0
+    deviation: Float[Tensor, " M"]  # of the same
 
 
-def token_scores(model: nn.Module, batch: Batch, *, ranks: bool = False) -> TokenScores:
+def token_scores(model: nn.Module, batch: Batch, *, ranks: bool = False, moments: bool = False) -> TokenScores:
     """Score the supervised next tokens of a batch with one forward pass."""
     labels = batch["labels"][:, 1:]
     supervised = labels != IGNORED
@@ -76,19 +78,34 @@ def token_scores(model: nn.Module, batch: Batch, *, ranks: bool = False) -> Toke
     targets = labels[row, time]
     logits, column = supervised_logits(model, batch, supervised, time)
     piece = max(1, PIECE // logits.shape[-1])
-    logp, top = [], []
+    logp, top, mean, deviation = [], [], [], []
     for first in range(0, len(row), piece):
         part = slice(first, first + piece)
         wide = logits[row[part], column[part]].float()  # (n, V)
         logp.append(wide.gather(1, targets[part, None]).squeeze(1) - wide.logsumexp(1))
         top.append((wide.argmax(1) == targets[part]) & ~logp[-1].isnan())
+        if moments:
+            first_moment, second = vocabulary_moments(wide)
+            mean.append(first_moment)
+            deviation.append(second)
     first_rank = torch.full((len(labels),), math.nan, device=labels.device)
     if ranks and len(row):
         head = torch.ones_like(row, dtype=torch.bool)
         head[1:] = row[1:] != row[:-1]
         first_rank[row[head]] = rank_of(logits[row[head], column[head]].float(), targets[head])
     empty = torch.zeros(0, device=labels.device)
-    return TokenScores(row.cpu(), torch.cat([empty, *logp]).cpu(), torch.cat([empty.bool(), *top]).cpu(), first_rank.cpu())
+    columns = (torch.cat([start, *found]).cpu() for start, found in ((empty, logp), (empty.bool(), top), (empty, mean), (empty, deviation)))
+    logps, tops, means, deviations = columns
+    return TokenScores(row.cpu(), logps, tops, first_rank.cpu(), means, deviations)
+
+
+def vocabulary_moments(logits: Float[Tensor, "N V"]) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Return mean and standard deviation of log p(v) where v is drawn from p = softmax(logits) (what Min-K++ standardises by)."""
+    logp = logits.log_softmax(1)
+    odds = logp.exp()
+    finite = torch.where(odds > 0, logp, 0)  # what the model rules out (-inf) has no weight
+    mean = (odds * finite).sum(1)
+    return mean, (odds * (finite - mean[:, None]) ** 2).sum(1).sqrt()
 
 
 def supervised_logits(

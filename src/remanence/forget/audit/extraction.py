@@ -1,0 +1,193 @@
+"""What a model still says of the rows: probability, exact memorisation, extraction strength, and what it writes when it is asked.
+
+ROUGE-L is on the longest common subsequence of words, lower case, letters and digits alone. `rouge` is TOFU's recall of the answer in a greedy continuation,
+`knowmem` and `verbmem` are MUSE's F1 (2407.06460): of answers (kind qa), and of what follows the first tokens of a text (text, chat). Differs from the packages behind both:
+words are not stemmed. A continuation ends at the end token, after `new_tokens`, or when it is twice as long as the longest true one and 8.
+
+Prompts of equal length are continued together, so nothing is padded and the words are those that each prompt alone would get. Cost: one forward pass
+over the rows; then one step per generated token and batch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import nn
+
+from remanence.errors import Mistake
+from remanence.forget.audit.case import Case
+from remanence.models.forward import evaluating
+from remanence.training.batches import IGNORED
+from remanence.training.memorisation import exact_memorisation, extraction_strength
+
+
+class Rouge(NamedTuple):
+    """ROUGE-L of N pairs."""
+
+    recall: Float[np.ndarray, " N"]
+    precision: Float[np.ndarray, " N"]
+    f1: Float[np.ndarray, " N"]
+
+
+class Writings:
+    """What a case's models write when they are asked about a set, each once."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self._texts: dict[tuple[str, str], list[str]] = {}
+        self._asked: dict[str, tuple[list[list[int]], list[list[int]]]] = {}
+
+    def rouge(self, who: str, part: str) -> Rouge:
+        """Return ROUGE-L of what a model writes about a set, against what is true."""
+        return rouge_l(self.case.processor.batch_decode(self._prompts(part)[1], skip_special_tokens=True), self.texts(who, part))
+
+    def texts(self, who: str, part: str) -> list[str]:
+        """Return what a model writes about a set."""
+        if (who, part) not in self._texts:
+            case = self.case
+            prompts, wanted = self._prompts(part)
+            case.show(f"writes about {part}, {who}")
+            most = min(case.settings.new_tokens, 2 * max(map(len, wanted)) + 8)
+            said = continuations(case.models[who], prompts, most, size=case.settings.batch_size, processor=case.processor)
+            if case.kind != "qa":  # texts go on for ever: compare what is as long as the truth
+                said = [ids[: len(true)] for ids, true in zip(said, wanted)]
+            self._texts[who, part] = case.processor.batch_decode(said, skip_special_tokens=True)
+        return self._texts[who, part]
+
+    def _prompts(self, part: str) -> tuple[list[list[int]], list[list[int]]]:
+        if part not in self._asked:
+            case = self.case
+            rows, most = case.rows(part), case.settings.prompt_tokens if case.kind == "text" else None
+            columns = [rows.columns[name].padded(np.arange(rows.count), IGNORED) for name in ("input_ids", "labels")]  # type: ignore[union-attr]
+            self._asked[part] = prompts_of(columns[0].numpy(), columns[1].numpy(), most)
+        return self._asked[part]
+
+
+def measure_memory(case: Case, writings: Writings) -> None:
+    """Add what the model still says of the forget rows."""
+
+    def strength(who: str, part: str) -> np.ndarray:
+        tokens = case.tokens(who, part).without_end()
+        return extraction_strength(tokens.top, tokens.row, tokens.rows)
+
+    case.compare("probability", "memory", case.probability)
+    case.compare("exact_memorisation", "memory", lambda who, part: memorised(case, who, part))
+    case.compare("extraction_strength", "memory", strength)
+    case.compare("nll", "quality", lambda who, part: case.tokens(who, part).nll(), alone="higher", share=False)
+    try:
+        case.compare("rouge", "memory", lambda who, part: writings.rouge(who, part).recall)
+    except Mistake as mistake:
+        case.skipped["rouge"] = str(mistake)
+        return
+    case.compare("knowmem" if case.kind == "qa" else "verbmem", "memory", lambda who, part: writings.rouge(who, part).f1)
+
+
+def memorised(case: Case, who: str, part: str) -> Float[np.ndarray, " N"]:
+    """Return the exact memorisation of each row of a set."""
+    tokens = case.tokens(who, part).without_end()
+    return exact_memorisation(tokens.top, tokens.row, tokens.rows)
+
+
+def prompts_of(
+    ids: Int[np.ndarray, "B T"], labels: Int[np.ndarray, "B T"], most: int | None = None
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Split rows into prompt and what follows: at the first supervised token up to the end of that run, or (of text) behind `most` tokens, half the row at most."""
+    there = ids != IGNORED
+    length = there.sum(1)
+    if most is not None:
+        first = np.minimum(most, length // 2)
+        last = length
+    else:
+        supervised = labels != IGNORED
+        supervised[:, 0] = False
+        first = supervised.argmax(1)
+        behind = ~supervised & (np.arange(ids.shape[1]) > first[:, None])
+        last = np.where(behind.any(1), behind.argmax(1), ids.shape[1])
+    rows = ids.tolist()
+    return [row[:start] for row, start in zip(rows, first)], [row[start:stop] for row, start, stop in zip(rows, first, last)]
+
+
+def continuations(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, *, size: int, processor: Any) -> list[list[int]]:
+    """Continue prompts greedily, without the end token and what follows it.
+
+    Raises:
+        Mistake: the model cannot generate.
+    """
+    if not callable(getattr(model, "generate", None)):
+        raise Mistake(type(model).__name__, "has no `generate`", "wrap it as a Hugging Face causal language model")
+    lengths = np.array([len(prompt) for prompt in prompts])
+    device, end = next(model.parameters()).device, processor.eos_token_id
+    pad = processor.pad_token_id if processor.pad_token_id is not None else end
+    said: list[list[int]] = [[] for _ in prompts]
+    with evaluating(model):
+        for length in np.unique(lengths):
+            same = np.flatnonzero(lengths == length)
+            for first in range(0, len(same), size):
+                numbers = same[first : first + size]
+                asked = torch.tensor([prompts[number] for number in numbers], device=device)
+                found = model.generate(  # type: ignore[operator]
+                    input_ids=asked,
+                    attention_mask=torch.ones_like(asked),
+                    max_new_tokens=new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                    eos_token_id=end,
+                    pad_token_id=pad,
+                )[:, length:].tolist()
+                for number, ids in zip(numbers, found):
+                    said[number] = ids[: ids.index(end)] if end in ids else ids
+    return said
+
+
+def rouge_l(true: Sequence[str], said: Sequence[str]) -> Rouge:
+    """Return ROUGE-L of each pair: LCS words over words of the truth (recall), over words said (precision), and their harmonic mean; 0 where either is empty."""
+    known: dict[str, int] = {}
+    first, second = ([[known.setdefault(word, len(known)) for word in words(text)] for text in texts] for texts in (true, said))
+    shared = lcs(_padded(first, -1), _padded(second, -2))
+    lengths = [np.array([max(1, len(row)) for row in rows]) for rows in (first, second)]
+    recall, precision = shared / lengths[0], shared / lengths[1]
+    return Rouge(recall, precision, 2 * recall * precision / np.maximum(recall + precision, 1e-300))
+
+
+def words(text: str) -> list[str]:
+    """Return the lower-case runs of letters and digits."""
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def lcs(first: Int[np.ndarray, "B N"], second: Int[np.ndarray, "B M"]) -> Int[np.ndarray, " B"]:
+    """Return the length of the longest common subsequence of each pair; pads of the two must differ. O(B N M), one vectorised step per column of the first."""
+    best = np.zeros((len(first), second.shape[1] + 1), np.int64)  # of the words so far against each prefix of the second
+    for column in first.T:
+        best[:, 1:] = np.maximum.accumulate(np.where(second == column[:, None], best[:, :-1] + 1, best[:, 1:]), axis=1)
+    return best[:, -1]
+
+
+def _padded(rows: Sequence[Sequence[int]], fill: int) -> Int[np.ndarray, "B N"]:
+    out = np.full((len(rows), max(map(len, rows), default=0)), fill, np.int64)
+    inside = np.arange(out.shape[1]) < np.array([len(row) for row in rows])[:, None]
+    out[inside] = [word for row in rows for word in row]
+    return out
+
+
+def fluency(texts: Sequence[str]) -> Float[np.ndarray, " N"]:
+    """Return RWKU's fluency of each text: (2/3 H_2 + 4/3 H_3) / 2, H_n the entropy in bits of its n-grams of words; NaN below three words."""
+    found = np.full(len(texts), np.nan)
+    for number, text in enumerate(texts):  # a text's n-grams are its own
+        said = words(text)
+        if len(said) >= 3:
+            pairs, triples = list(pairwise(said)), list(zip(said, said[1:], said[2:]))
+            found[number] = (2 / 3 * entropy(pairs) + 4 / 3 * entropy(triples)) / 2
+    return found
+
+
+def entropy(items: Sequence[Any]) -> float:
+    """Return the entropy in bits of how often each item occurs."""
+    odds = np.array(list(Counter(items).values())) / len(items)
+    return float(-(odds * np.log2(odds)).sum())
