@@ -134,6 +134,9 @@ class Recipe(_Strict):
     training: dict[str, Any] = Field(default_factory=dict, description="training settings of all events")
     forgetting: dict[str, Any] = Field(default_factory=dict, description="training settings of the requests, on top of `training`")
     measure: Measuring = Field(default_factory=Measuring, description="what is measured, and when")
+    audit: bool | dict[str, Any] = Field(
+        False, description="attack every served request: true, or the audit's settings; with an oracle among the lives, against it"
+    )
     lives: dict[LifeName, LifeClause] = Field(default_factory=dict, description="lives side by side; by default one, called `life`")
     seed: Seed = Field(0, description="of every random stream")
     output: str | None = Field(None, description="folder of the results; by default runs/NAME")
@@ -200,6 +203,7 @@ class Recipe(_Strict):
             check_source(chosen.data, kind=chosen.kind, place=f"{place}: measure.sets.{name}.data")
         for life in self.life_names:
             self._methods(life, f"{place}: ")
+        self.auditor(place=f"{place}: audit")
 
     # What the recipe says, resolved.
 
@@ -253,6 +257,20 @@ class Recipe(_Strict):
                 made[key] = _same_object(build(clause, verb, where), made.values())
             found.append((made[key], settings, label(clause)))
         return found
+
+    def auditor(self, *, progress: bool = True, place: str = "audit") -> Any:
+        """Return what audits the served requests, `None` where the recipe asks for none; length and template are those of training.
+
+        Raises:
+            Mistake: an unknown key, or a value out of range.
+        """
+        if self.audit is False:
+            return None
+        from remanence.forget.audit import AuditSettings
+        from remanence.forget.audit.inside import RequestAuditor
+
+        asked = self._trained() | (self.audit if isinstance(self.audit, dict) else {})
+        return RequestAuditor(AuditSettings().changed(place, asked), progress)
 
     def stream(self) -> list[Event]:
         """Read all data and return the events.
@@ -344,6 +362,7 @@ class Recipe(_Strict):
             oracle=self.lives.get(name, LifeClause()).oracle,
             description={"recipe": self.model_dump(mode="json")},
             trust_remote_code=self.trust_remote_code,
+            auditor=self.auditor(progress=progress),
             progress=progress,
         )
 

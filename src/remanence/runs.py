@@ -23,6 +23,8 @@ from remanence.errors import Mistake
 from remanence.storage import sweep, write_text
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from remanence.recipe import Recipe
 
 LEDGER = "ledger.sqlite"
@@ -77,6 +79,9 @@ def run_recipe(
     place = output or recipe.place
     seed = recipe.seed if seed is None else seed
     names = list(lives) or recipe.life_names
+    oracle = next((name for name in names if name in recipe.lives and recipe.lives[name].oracle), None)
+    if recipe.audit and oracle is not None:
+        names = [oracle, *(name for name in names if name != oracle)]  # audits of the others look at its models
     if any(hasattr(event, "forget") for event in recipe.events):
         local_key()  # a key that cannot sign is refused now, not behind the work
     first = recipe.life(names[0], seed=seed, progress=progress)  # reads all data and the model: what is wrong with them shows here
@@ -104,13 +109,17 @@ def run_recipe(
             folder, state = place / name, place / name / "work" / f"seed-{seed}"
             life = first if number == 0 else recipe.life(name, seed=seed, progress=progress)
             life.ledger, life.folder = ledger, state
-            if recipe.keep_models:
+            if recipe.keep_models or (recipe.audit and name == oracle):
                 life.keep_models = folder / "models" / f"seed-{seed}"
+            if oracle is not None:
+                life.oracle_at = functools.partial(_model_at, place / oracle / "models" / f"seed-{seed}", recipe.trust_remote_code)
             if life.lived() == len(life.deeds) and from_main((folder / "model").is_dir() and not state.exists()):
                 continue
             life.run(resume=resume)
             life.save(folder / "model")
             by_main(functools.partial(_clear, state))
+        if oracle is not None and not recipe.keep_models:
+            by_main(functools.partial(shutil.rmtree, place / oracle / "models", ignore_errors=True))
         if main:
             assert ledger is not None
             write_receipts(ledger, place / "receipts")
@@ -119,6 +128,14 @@ def run_recipe(
 
             write_report([path], place / "report.html")
     return place
+
+
+def _model_at(folder: Path, trust_remote_code: bool, number: int) -> nn.Module | None:
+    """Return the model that a life kept behind an event, `None` where it kept none."""
+    from remanence.models.load import load_model
+
+    place = folder / f"event-{number:04d}"
+    return load_model(str(place), trust_remote_code=trust_remote_code).model if place.is_dir() else None
 
 
 def _clear(state: Path) -> None:

@@ -1,0 +1,39 @@
+"""Audits inside a life: each served request is attacked at once, against the model before it and, where a recipe has one, the oracle's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from remanence.forget.audit.run import audit
+from remanence.forget.audit.settings import AuditSettings
+from remanence.stream import Moment, Request
+
+
+@dataclass(frozen=True)
+class RequestAuditor:
+    """Audit every request of a life (an `Auditor`).
+
+    Args:
+        settings: how to audit.
+        progress: draw a bar.
+    """
+
+    settings: AuditSettings = field(default_factory=AuditSettings)
+    progress: bool = True
+
+    def audit(self, model: nn.Module, request: Request, original: nn.Module, oracle: nn.Module | None, at: Moment) -> dict[str, Any]:
+        """Return the report as plain JSON, see `audit`."""
+        report = audit(
+            model,
+            request,
+            processor=at.processor,
+            original=original,
+            oracle=oracle,
+            settings=self.settings,
+            seed=at.seed,
+            progress=self.progress,
+        )
+        return report.as_dict()
