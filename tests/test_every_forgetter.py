@@ -18,6 +18,7 @@ from remanence.forget.gradient_ascent import GradientAscent
 from remanence.forget.gradient_difference import GradientDifference
 from remanence.forget.kl import AscentKL
 from remanence.forget.npo import NPO
+from remanence.forget.ofmu import OFMU
 from remanence.forget.retrain import Retrain
 from remanence.forget.ssd import SSD
 from remanence.models.adapters import add_lora
@@ -42,6 +43,7 @@ TRAINED: dict[str, Callable[[], Any]] = {  # those that take optimizer steps
     "npo": NPO,
     "npo_kl": lambda: NPO(retain="kl"),
     "npo_alone": lambda: NPO(retain="none"),
+    "ofmu": lambda: OFMU(inner_steps=2),
 }
 METHODS = TRAINED | {"ssd": SSD}
 NOTHING: dict[str, Callable[[], Any]] = {
@@ -51,9 +53,10 @@ NOTHING: dict[str, Callable[[], Any]] = {
     "npo": lambda: NPO(gamma=0, alpha=0),
     "npo_kl": lambda: NPO(retain="kl", gamma=0, alpha=0),
     "npo_alone": lambda: NPO(retain="none", gamma=0),
+    "ofmu": lambda: OFMU(inner_steps=2, eta_in=0, eta_out=0),
     "ssd": lambda: SSD(alpha=math.inf),
 }
-IMAGES = ["retrain", "gradient_ascent", "gradient_difference", "kl", "npo", "ssd"]
+IMAGES = ["retrain", "ofmu", "gradient_ascent", "gradient_difference", "kl", "npo", "ssd"]
 FAMILIES = ["llama", "gpt2", "qwen2"]
 
 TOKENIZER = toy_tokenizer()

@@ -168,6 +168,16 @@ ENTRIES: tuple[Entry, ...] = (
         "2404.05868",
     ),
     Entry(
+        "ofmu",
+        "forget",
+        "forget.ofmu:OFMU",
+        "global weights",
+        "Climb the forget loss where its gradient does not point along the retain gradient, then descend on the retain set; two levels.",
+        "OFMU: Optimization-Driven Framework for Machine Unlearning, Asif and Amiri 2025",
+        "2509.22483",
+        "ofmu",
+    ),
+    Entry(
         "ssd",
         "forget",
         "forget.ssd:SSD",
