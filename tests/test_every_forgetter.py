@@ -18,6 +18,7 @@ from remanence.forget.gradient_ascent import GradientAscent
 from remanence.forget.gradient_difference import GradientDifference
 from remanence.forget.kl import AscentKL
 from remanence.forget.npo import NPO
+from remanence.forget.ofmu import OFMU
 from remanence.forget.retrain import Retrain
 from remanence.forget.rmu import RMU
 from remanence.forget.ssd import SSD
@@ -46,6 +47,7 @@ TRAINED: dict[str, Callable[[], Any]] = {  # those that take optimizer steps
     "npo_alone": lambda: NPO(retain="none"),
     "rmu": RMU,
     "task_vector": TaskVector,
+    "ofmu": lambda: OFMU(inner_steps=2),
 }
 METHODS = TRAINED | {"ssd": SSD}
 NOTHING: dict[str, Callable[[], Any]] = {
@@ -60,6 +62,10 @@ NOTHING: dict[str, Callable[[], Any]] = {
     "ssd": lambda: SSD(alpha=math.inf),
 }
 IMAGES = ["retrain", "gradient_ascent", "gradient_difference", "kl", "npo", "ssd", "task_vector"]
+    "ofmu": lambda: OFMU(inner_steps=2, eta_in=0, eta_out=0),
+    "ssd": lambda: SSD(alpha=math.inf),
+}
+IMAGES = ["retrain", "ofmu", "gradient_ascent", "gradient_difference", "kl", "npo", "ssd"]
 FAMILIES = ["llama", "gpt2", "qwen2"]
 
 TOKENIZER = toy_tokenizer()

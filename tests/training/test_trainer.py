@@ -175,6 +175,15 @@ def test_gradient_is_the_batch_gradient_and_leaves_grad_alone() -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_gradient_of_uneven_batches_is_that_of_all_their_rows() -> None:
+    model, data = net(), points(9)
+    whole = Batches(data, 9, shuffle=False)[0]
+    parts = [Batch({name: value[rows] for name, value in data.items()}) for rows in (slice(0, 2), slice(2, 9))]
+    found, wanted = Trainer().gradient(model, nll, *parts), Trainer().gradient(model, nll, whole)
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-15)
+
+
 def test_callbacks_see_gradients_then_weights() -> None:
     model, seen = net(), []
 

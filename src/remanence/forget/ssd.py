@@ -23,7 +23,6 @@ Cost: one pass with gradients over D (none with a saved importance) and one over
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -40,6 +39,7 @@ from remanence.models.forward import ByName
 from remanence.stream import COLUMNS, Request
 from remanence.training.batches import Batch, Batches, Ragged
 from remanence.training.fisher import Fisher, diagonal_fisher, load_fisher, save_fisher
+from remanence.training.masks import check_pattern, matching
 from remanence.training.processes import is_sharded, rank, sum_over_processes, world_size
 from remanence.training.requests import retain_of
 from remanence.training.trainer import Trainer
@@ -94,10 +94,7 @@ class SSD:
         need("batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more")
         if self.mode not in MODES:
             raise Mistake("ssd.mode", f"unknown value {self.mode!r}", nearest(self.mode, MODES))
-        try:
-            re.compile(self.parameters or "")
-        except re.error as error:
-            raise Mistake("ssd.parameters", f"is not a regular expression ({error})", "correct the pattern") from error
+        check_pattern("ssd.parameters", self.parameters)
 
     def forget(self, model: nn.Module, request: Request, trainer: Trainer) -> nn.Module:
         """Measure both importances, select, dampen, and note what was done; `undo` takes the last edit back.
@@ -108,7 +105,7 @@ class SSD:
         if is_sharded(model):
             raise Mistake("ssd", "cannot dampen a sharded model", "run it in one process, or replicated")
         model.to(trainer.accelerator.device)
-        names = chosen_names(model, self.parameters)
+        names = matching(model, self.parameters, "ssd.parameters")
         special, forget_rows = self._measure(model, trainer, names, request.forget, request.kind)
         general, rows = self._general(model, request, trainer, names, special, forget_rows)
         if self.mode == "sample":
@@ -285,18 +282,6 @@ def check_bound(general: Mapping[str, Tensor], special: Mapping[str, Tensor], ro
                 f"some ratio exceeds |D|/|D_f| = {bound:g}: the data behind the general importance lack the forget rows",
                 "compute it over all training data, on these weights",
             )
-
-
-def chosen_names(model: nn.Module, pattern: str | None) -> list[str]:
-    """Return the names of the parameters that require a gradient and match the pattern, a tied weight once.
-
-    Raises:
-        Mistake: there are none.
-    """
-    names = [name for name, weight in model.named_parameters() if weight.requires_grad and re.search(pattern or "", name)]
-    if not names:
-        raise Mistake("ssd.parameters", f"no parameter that requires a gradient matches {pattern!r}", "free some, or change the pattern")
-    return names
 
 
 def importance_of(model: nn.Module, batches: Batches, mode: str, trainer: Trainer, names: Iterable[str] | None = None) -> Fisher:

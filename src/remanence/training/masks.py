@@ -8,6 +8,7 @@ each step.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -60,6 +61,26 @@ def frozen(model: nn.Module, trained: Iterable[str]) -> Iterator[list[str]]:
     finally:
         for name, weight in weights.items():
             weight.requires_grad_(flags[name])
+
+
+def check_pattern(place: str, pattern: str | None) -> None:
+    """Refuse what is no regular expression."""
+    try:
+        re.compile(pattern or "")
+    except re.error as error:
+        raise Mistake(place, f"is not a regular expression ({error})", "correct the pattern") from error
+
+
+def matching(model: nn.Module, pattern: str | None, place: str) -> list[str]:
+    """Return the names of the parameters that require a gradient and match the pattern (anywhere), a tied weight once.
+
+    Raises:
+        Mistake: there are none.
+    """
+    names = [name for name, weight in model.named_parameters() if weight.requires_grad and re.search(pattern or "", name)]
+    if not names:
+        raise Mistake(place, f"no parameter that requires a gradient matches {pattern!r}", "free some, or change the pattern")
+    return names
 
 
 class RowMask:

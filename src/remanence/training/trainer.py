@@ -311,20 +311,24 @@ class Trainer:
         finally:
             self.settings = before
 
-    def gradient(self, model: nn.Module, loss: Loss, batch: Batch) -> dict[str, Tensor]:
-        """Return the mean gradient of a loss over all processes' batches for every parameter in training; `.grad` stays as it is."""
+    def gradient(self, model: nn.Module, loss: Loss, *batches: Batch) -> dict[str, Tensor]:
+        """Return the mean gradient of a loss over all processes' batches for every parameter in training; `.grad` stays as it is.
+
+        Of several batches (the micro-batches of a step) it is the gradient on all of them together, however unevenly rows or tokens are spread.
+        """
         sharded, world = is_sharded(model), world_size()
         if sharded:
             keep_sharded(model)
-        if world > 1:
-            share_denominators([batch], world)
+        if world * len(batches) > 1:
+            share_denominators(list(batches), world * len(batches))
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         kept = [parameter.grad for _, parameter in trained]
         for _, parameter in trained:
             parameter.grad = None
-        with self._autocast():
-            value = loss(model, batch.to(self.accelerator.device))
-        value.backward()
+        for batch in batches:
+            with self._autocast():
+                value = loss(model, batch.to(self.accelerator.device)) / len(batches)
+            value.backward()
         if world > 1 and not sharded:
             average_gradients(parameter for _, parameter in trained)
         found = {name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for name, parameter in trained}
