@@ -168,6 +168,15 @@ ENTRIES: tuple[Entry, ...] = (
         "2404.05868",
     ),
     Entry(
+        "dpo",
+        "forget",
+        "forget.dpo:DPO",
+        "global weights",
+        "Preference optimisation of a refusal over the forgotten answer (IdkDPO).",
+        "Direct Preference Optimization, Rafailov et al. 2023; as a forgetter, TOFU, Maini et al. 2024",
+        "2305.18290",
+    ),
+    Entry(
         "ssd",
         "forget",
         "forget.ssd:SSD",
