@@ -18,6 +18,7 @@ from remanence.forget.dpo import DPO
 from remanence.forget.gradient_ascent import GradientAscent
 from remanence.forget.gradient_difference import GradientDifference
 from remanence.forget.kl import AscentKL
+from remanence.forget.melu import MELU
 from remanence.forget.npo import NPO
 from remanence.forget.retrain import Retrain
 from remanence.forget.ssd import SSD
@@ -45,6 +46,8 @@ TRAINED: dict[str, Callable[[], Any]] = {  # those that take optimizer steps
     "npo_alone": lambda: NPO(retain="none"),
     "dpo": DPO,
     "dpo_kl": lambda: DPO(retain="kl"),
+    "melu": lambda: MELU(strategy="cyclic"),
+    "melu_random": lambda: MELU(GradientDifference(), strategy="one_to_one_random"),
 }
 METHODS = TRAINED | {"ssd": SSD}
 NOTHING: dict[str, Callable[[], Any]] = {
@@ -55,10 +58,11 @@ NOTHING: dict[str, Callable[[], Any]] = {
     "npo_kl": lambda: NPO(retain="kl", gamma=0, alpha=0),
     "npo_alone": lambda: NPO(retain="none", gamma=0),
     "dpo": lambda: DPO(gamma=0, alpha=0),
+    "melu": lambda: MELU(NPO(gamma=0, alpha=0), strategy="cyclic"),
     "ssd": lambda: SSD(alpha=math.inf),
 }
 ASKING = ["dpo", "dpo_kl"]  # those that need questions and answers
-IMAGES = ["retrain", "gradient_ascent", "gradient_difference", "kl", "npo", "ssd"]
+IMAGES = ["retrain", "gradient_ascent", "gradient_difference", "kl", "npo", "melu", "ssd"]
 FAMILIES = ["llama", "gpt2", "qwen2"]
 
 TOKENIZER = toy_tokenizer()

@@ -177,6 +177,16 @@ ENTRIES: tuple[Entry, ...] = (
         "2305.18290",
     ),
     Entry(
+        "melu",
+        "forget",
+        "forget.melu:MELU",
+        "pairing of data",
+        "Let each forget row meet retain rows of its own entity, under any pairwise loss.",
+        "Standard vs. Modular Sampling: Best Practices for Reliable LLM Unlearning, Bushipaka et al. 2025",
+        "2509.05316",
+        "melu",
+    ),
+    Entry(
         "ssd",
         "forget",
         "forget.ssd:SSD",
