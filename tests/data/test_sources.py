@@ -11,6 +11,7 @@ import pytest
 
 from remanence.data.biographies import Biographies
 from remanence.data.digits import digits
+from remanence.data.neighbourhoods import neighbourhood
 from remanence.data.pythondocs import pythondocs
 from remanence.data.sources import check_source, load_rows
 from remanence.errors import Mistake
@@ -92,6 +93,19 @@ def test_biographies(folder):
     assert load_rows({"biographies": clause, "where": {"person": [1, 2]}}, kind="qa").to_list() == world.of([1, 2]).questions().to_list()
     near = load_rows({"biographies": clause | {"neighbours_of": {"people": 2, "first": 4}}}, kind="qa")
     assert near.to_list() == world.neighbours([4, 5]).to_list()
+
+
+def test_a_neighbourhood_is_three_sets_of_one_world(folder):
+    clause = {"people": 60, "templates": 2}
+    around = {"people": 3, "first": 4, "general": 5, "held_out": 1, "seed": 2}
+    made = neighbourhood(Biographies(people=60, templates=2), range(4, 7), general=5, held_out=1, seed=2)
+    for part in ("forget", "retain", "test"):
+        rows = load_rows({"biographies": clause | {"neighbourhood": around | {"part": part}}}, kind="qa")
+        assert rows.to_list() == getattr(made, part).to_list()
+    with pytest.raises(Mistake, match="neighbourhood is a set of its own"):
+        check_source({"biographies": clause | {"rows": "facts", "neighbourhood": around | {"part": "test"}}}, kind="qa")
+    with pytest.raises(Mistake, match="did you mean 'general'"):
+        check_source({"biographies": clause | {"neighbourhood": around | {"part": "test", "generall": 3}}})
 
 
 def test_digits_and_pythondocs():

@@ -4,6 +4,7 @@
     data: ${REMANENCE_DATA}/shakespeare.txt                        # real data; the variable is ../shared/data unless set
     data: {file: qa.csv, columns: {question: prompt}, limit: 500}
     data: {biographies: {people: 40, seed: 1}, where: {attribute: [pet, food]}}
+    data: {biographies: {people: 100, templates: 2, neighbourhood: {people: 12, part: retain}}}
     data: {digits: {classes: [0, 1], part: test}}
     data: {mnist: {classes: [3]}, shuffle: 7, split: {train: 0.9}}
     data: {pythondocs: {characters: 200000}}
@@ -25,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from remanence.data.biographies import Biographies
 from remanence.data.digits import digits, in_classes
+from remanence.data.neighbourhoods import neighbourhood
 from remanence.data.pythondocs import pythondocs
 from remanence.data.readers import read_rows
 from remanence.errors import Mistake, nearest
@@ -51,10 +53,22 @@ class People(_Clause):
     first: int = Field(0, ge=0)
 
 
+class NeighbourhoodClause(_Clause):
+    """Arguments of `neighbourhood`: a run of people to forget, and which of its three sets."""
+
+    people: int = Field(ge=1)
+    first: int = Field(0, ge=0)
+    part: Literal["forget", "retain", "test"]
+    general: int = Field(30, ge=1)
+    held_out: int = Field(2, ge=1)
+    seed: int = 42
+
+
 class BiographiesClause(_Clause):
     """Arguments of `Biographies`, and which rows: statements are kind text, the others (questions, facts, places, strangers) kind qa.
 
-    `neighbours_of` gives the facts of those among `people` who share a value with it.
+    `neighbours_of` gives the facts of those among `people` who share a value with it; `neighbourhood` rows to forget, to retain and to test, with the entity
+    that each stands beside and its type (kind qa).
     """
 
     people: int = 400
@@ -65,6 +79,7 @@ class BiographiesClause(_Clause):
     answers: Literal["short", "sentence"] = "short"
     rows: Literal["questions", "facts", "statements", "places", "strangers"] | None = None
     neighbours_of: People | None = None
+    neighbourhood: NeighbourhoodClause | None = None
 
 
 class DigitsClause(_Clause):
@@ -120,6 +135,7 @@ NESTED: dict[str, type[_Clause]] = {
     "pythondocs": PythondocsClause,
     "split": Split,
     "neighbours_of": People,
+    "neighbourhood": NeighbourhoodClause,
 }
 SOURCES = ("file", "biographies", "digits", "mnist", "pythondocs")
 
@@ -277,7 +293,11 @@ def _check_kind(source: Source, kind: str, place: str) -> None:
         rows, near = source.biographies.rows, source.biographies.neighbours_of
         if near is not None and rows not in (None, "facts"):
             raise Mistake(f"{place}.biographies", f"neighbours are facts, not {rows}", "remove rows or neighbours_of")
-        given["biographies"] = "text" if rows == "statements" or (rows is None and near is None and kind == "text") else "qa"
+        around = source.biographies.neighbourhood
+        if around is not None and (rows is not None or near is not None):
+            raise Mistake(f"{place}.biographies", "neighbourhood is a set of its own", "remove rows and neighbours_of, or neighbourhood")
+        plain = rows is None and near is None and around is None
+        given["biographies"] = "text" if rows == "statements" or (plain and kind == "text") else "qa"
     if given[name] != kind:
         raise Mistake(
             place, f"{name} gives rows of kind '{given[name]}', '{kind}' is asked for", f"write kind: {given[name]} or take another source"
@@ -289,7 +309,11 @@ def _rows_of(source: Source, kind: str, place: str, folder: Path) -> Dataset:
         return read_rows(expand(source.file, folder, place), kind=kind, columns=source.columns, place=place)
     if source.biographies is not None:
         clause = source.biographies
-        world = Biographies(**clause.model_dump(exclude={"rows", "neighbours_of"}))
+        world = Biographies(**clause.model_dump(exclude={"rows", "neighbours_of", "neighbourhood"}))
+        if clause.neighbourhood is not None:
+            asked = clause.neighbourhood
+            people = range(asked.first, asked.first + asked.people)
+            return getattr(neighbourhood(world, people, **asked.model_dump(include={"general", "held_out", "seed"})), asked.part)
         if clause.neighbours_of is not None:
             first = clause.neighbours_of.first
             return world.neighbours(range(first, first + clause.neighbours_of.people))

@@ -136,7 +136,7 @@ class Batches:
         size: rows per batch, cut to the number of rows.
         seed: of the shuffling.
         shuffle: `False` walks through the rows in their order, again and again (for one pass over a stream).
-        pad: token that fills `input_ids`.
+        pad: token that fills ragged columns; those whose name ends in `labels` are filled with IGNORED.
 
     Raises:
         Mistake: there are no rows.
@@ -183,13 +183,13 @@ class Batches:
             if isinstance(column, Tensor):
                 batch[name] = column.index_select(0, places)
             elif isinstance(column, Ragged):
-                batch[name] = column.padded(rows, IGNORED if name == "labels" else self.pad)
+                batch[name] = column.padded(rows, IGNORED if name.endswith("labels") else self.pad)
             else:
                 batch[name] = column.take(rows)
         return batch
 
-    def with_column(self, name: str, values: Tensor) -> Batches:
-        """Return these batches with one more column, values of shape (N, ...) in the order of the rows.
+    def with_column(self, name: str, values: Tensor | Ragged) -> Batches:
+        """Return these batches with one more column, in the order of the rows: values of shape (N, ...), or ragged tokens and labels.
 
         Raises:
             ValueError: there is such a column already, or the number of values is not that of the rows.
