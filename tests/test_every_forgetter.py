@@ -65,19 +65,13 @@ NOTHING: dict[str, Callable[[], Any]] = {
     "npo_alone": lambda: NPO(retain="none", gamma=0),
     "rmu": lambda: RMU(gamma=0, alpha=0),
     "task_vector": lambda: TaskVector(alpha=0),
-    "ssd": lambda: SSD(alpha=math.inf),
-}
-IMAGES = ["retrain", "gradient_ascent", "gradient_difference", "kl", "npo", "ssd", "task_vector"]
     "ofmu": lambda: OFMU(inner_steps=2, eta_in=0, eta_out=0),
-    "ssd": lambda: SSD(alpha=math.inf),
-}
-IMAGES = ["retrain", "ofmu", "gradient_ascent", "gradient_difference", "kl", "npo", "ssd"]
     "dpo": lambda: DPO(gamma=0, alpha=0),
     "melu": lambda: MELU(NPO(gamma=0, alpha=0), strategy="cyclic"),
     "ssd": lambda: SSD(alpha=math.inf),
 }
 ASKING = ["dpo", "dpo_kl"]  # those that need questions and answers
-IMAGES = ["retrain", "gradient_ascent", "gradient_difference", "kl", "npo", "melu", "ssd"]
+IMAGES = ["retrain", "ofmu", "gradient_ascent", "gradient_difference", "kl", "npo", "melu", "ssd", "task_vector"]
 FAMILIES = ["llama", "gpt2", "qwen2"]
 
 TOKENIZER = toy_tokenizer()

@@ -202,6 +202,8 @@ ENTRIES: tuple[Entry, ...] = (
         "Fine-tune a copy on the forget set and subtract the difference; learn new answers afterwards where asked.",
         "Editing Models with Task Arithmetic, Ilharco et al. 2022",
         "2212.04089",
+    ),
+    Entry(
         "ofmu",
         "forget",
         "forget.ofmu:OFMU",
@@ -210,6 +212,8 @@ ENTRIES: tuple[Entry, ...] = (
         "OFMU: Optimization-Driven Framework for Machine Unlearning, Asif and Amiri 2025",
         "2509.22483",
         "ofmu",
+    ),
+    Entry(
         "dpo",
         "forget",
         "forget.dpo:DPO",
