@@ -187,18 +187,22 @@ def forget(
     neighbours: Annotated[str | None, typer.Option(help="Rows close to the forgotten ones, measured only.")] = None,
     holdout: Annotated[str | None, typer.Option(help="Rows that the model never saw, measured only.")] = None,
     method: Annotated[str, typer.Option(help="Forgetter; `remanence systems` lists them.")] = "npo",
+    audited: Annotated[bool, typer.Option("--audit", help="Attack the result, and put the verdict into the receipt.")] = False,
+    oracle: Annotated[str | None, typer.Option(help="A model trained without the rows, for the audit to compare with.")] = None,
     kind: KindOption = None,
     changes: Changes = [],  # noqa: B006
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Make a model forget rows and save it as an ordinary model folder, with its ledger and report beside it.
+    """Make a model forget rows and save it as an ordinary model folder, with its receipt, ledger and report beside it.
 
-    Example: `remanence forget runs/learned --request erase.jsonl --retain keep.jsonl --method npo --out runs/forgotten`
+    Example: `remanence forget runs/learned --request erase.jsonl --retain keep.jsonl --method npo --audit --out runs/forgotten`
     """
+    if oracle is not None and not audited:
+        raise Mistake("--oracle", "is what an audit compares with", "add --audit")
     event = {"forget": "request", "data": _source(request), "kind": kind or _kind(request), "method": _clause(method, changes)}
     event |= {part: _source(value) for part, value in (("retain", retain), ("neighbours", neighbours), ("holdout", holdout)) if value}
-    _serve(model, event, out, changes, seed, quiet)
+    _serve(model, event, out, changes, seed, quiet, audited=audited, oracle=oracle)
 
 
 @app.command()
@@ -543,17 +547,30 @@ def _kind(path: str) -> str:
 
 
 def _clause(method: str, changes: list[str]) -> dict[str, Any]:
-    """Return a method's clause; changes whose key does not begin with `training.` or `measure.` are its hyper-parameters."""
+    """Return a method's clause; changes that are not of the recipe (`OF_THE_RECIPE`) are its hyper-parameters."""
     from remanence.recipe import _override
 
     clause: dict[str, Any] = {"method": method}
     for change in changes:
-        if not change.startswith(("training.", "measure.")):
+        if not change.startswith(OF_THE_RECIPE):
             _override(clause, change)
     return clause
 
 
-def _serve(model: str, event: dict[str, Any], out: Path, changes: list[str], seed: int, quiet: bool) -> None:
+OF_THE_RECIPE = ("training.", "measure.", "audit.")  # changes that are not a method's hyper-parameters
+
+
+def _serve(
+    model: str,
+    event: dict[str, Any],
+    out: Path,
+    changes: list[str],
+    seed: int,
+    quiet: bool,
+    *,
+    audited: bool = False,
+    oracle: str | None = None,
+) -> None:
     """Serve one event: a recipe with a single life, its model saved in `out`, ledger and report in `out/remanence`."""
     import shutil
 
@@ -568,10 +585,12 @@ def _serve(model: str, event: dict[str, Any], out: Path, changes: list[str], see
     by_main(begin)
     tree: dict[str, Any] = {"name": out.name or "model", "model": model, "events": [event], "seed": seed}
     for change in changes:
-        if change.startswith(("training.", "measure.")):
+        if change.startswith(OF_THE_RECIPE):
             _override(tree, change)
+    if audited:
+        tree.setdefault("audit", True)
     recipe = Recipe.of(tree, place="options", folder=Path("."))
-    place = run_recipe(recipe, output=out / "remanence", progress=not quiet)
+    place = run_recipe(recipe, output=out / "remanence", progress=not quiet, oracle_model=oracle)
 
     def finish() -> None:
         for path in (place / "life" / "model").iterdir():

@@ -63,10 +63,12 @@ def run_recipe(
     lives: Sequence[str] = (),
     progress: bool = True,
     report: bool = True,
+    oracle_model: str | None = None,
 ) -> Path:
     """Run all lives of a recipe (or the named ones), one after the other, and write the report; return the output folder.
 
-    Everything that can be refused is refused before the first file is written. Lives that are complete are left alone on `resume`.
+    Everything that can be refused is refused before the first file is written. Lives that are complete are left alone on `resume`. Audits compare with the
+    recipe's oracle life, or with `oracle_model` (folder, hub id, desk:NAME), a model that was trained without the forgotten rows.
 
     Raises:
         Mistake: anything wrong with recipe, data, model or output.
@@ -87,6 +89,12 @@ def run_recipe(
     first = recipe.life(names[0], seed=seed, progress=progress)  # reads all data and the model: what is wrong with them shows here
     if any(recipe.lives[name].oracle for name in names if name in recipe.lives):
         without_forgotten(first.deeds)
+    given = None
+    if oracle_model is not None:
+        from remanence.models.load import load_model
+        from remanence.recipe import expand
+
+        given = load_model(expand(oracle_model), trust_remote_code=recipe.trust_remote_code).model
     main, path = rank() == 0, place / LEDGER
     ledger: Ledger | None = None  # the main process alone has one
     with contextlib.ExitStack() as held:
@@ -111,7 +119,9 @@ def run_recipe(
             life.ledger, life.folder = ledger, state
             if recipe.keep_models or (recipe.audit and name == oracle):
                 life.keep_models = folder / "models" / f"seed-{seed}"
-            if oracle is not None:
+            if given is not None:
+                life.oracle_at = functools.partial(_same, given)
+            elif oracle is not None:
                 life.oracle_at = functools.partial(_model_at, place / oracle / "models" / f"seed-{seed}", recipe.trust_remote_code)
             if life.lived() == len(life.deeds) and from_main((folder / "model").is_dir() and not state.exists()):
                 continue
@@ -128,6 +138,10 @@ def run_recipe(
 
             write_report([path], place / "report.html")
     return place
+
+
+def _same(model: nn.Module, number: int) -> nn.Module:
+    return model
 
 
 def _model_at(folder: Path, trust_remote_code: bool, number: int) -> nn.Module | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from remanence.cli import main
 from remanence.errors import Mistake
 from remanence.ledger import Ledger
 from remanence.recipe import Recipe
@@ -79,3 +81,22 @@ def test_an_audit_leaves_weights_and_scores_as_they_were(tmp_path: Path) -> None
 def test_settings_that_are_none_are_refused_before_anything_is_written(audit: Any, words: str) -> None:
     with pytest.raises(Mistake, match=words):
         Recipe.of(TREE | {"audit": audit})
+
+
+def test_forget_audits_against_a_given_oracle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["--request", "{digits: {classes: [3]}, limit: 20}", "--holdout", "{digits: {classes: [3], part: test}}", "--kind", "classes"]
+    words += ["--method", "gradient-ascent", "--set", "training.steps=1", "--set", "audit.relearn_steps=1", "--set", "audit.resamples=100"]
+    monkeypatch.setattr(
+        sys, "argv", ["remanence", "forget", "desk:mlp-digits", *words, "--oracle", "desk:mlp-digits", "--out", "a", "--quiet"]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "add --audit" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--audit"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert not ended.value.code
+    receipt = json.loads((tmp_path / "a" / "receipt.json").read_text())
+    assert any(item["against"] == "oracle" for item in receipt["audit"]["findings"])
