@@ -7,6 +7,7 @@ recipe, of a console block every line that begins with `$ `. `<!-- file: NAME --
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import runpy
 import shlex
@@ -59,7 +60,7 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 def run_console(text: str) -> list[str]:
     """Run the commands of a console block in this process and return what each printed."""
     printed = []
-    for line in text.splitlines():
+    for line in re.sub(r"\\\n\s*", "", text).splitlines():
         if not line.startswith("$ "):
             continue
         words = shlex.split(line.removeprefix("$ "), comments=True)
@@ -93,7 +94,12 @@ def run_page(page: Path, desk: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_examples_run(page: Path, desk: Path) -> None:
+def test_examples_run(page: Path, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = Path(os.environ.get("REMANENCE_DATA", ROOT.parent / "shared" / "data")).resolve()
+    if not data.is_dir() and any("REMANENCE_DATA" in text for _, _, text in blocks(page)):
+        pytest.skip(f"the real data is not at {data} (set REMANENCE_DATA)")
+    monkeypatch.setenv("REMANENCE_DATA", str(data))
+    monkeypatch.setenv("REMANENCE_KEY", str(desk / "key.pem"))
     printed = run_page(page, desk)
     assert blocks(page)
     assert all(text.strip() for text in printed if text)
