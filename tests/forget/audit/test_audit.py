@@ -279,6 +279,12 @@ def test_a_model_under_lora_is_attacked_as_its_merged_self(family: str) -> None:
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
 
 
+def test_a_row_that_is_longer_than_the_models_positions_is_refused() -> None:
+    long = Dataset.from_dict({"question": ["why " * 40], "answer": ["so"]})
+    with pytest.raises(Mistake, match="the longest allowed is 128"):
+        examine(toy_lm("gpt2", vocab=V), Request("long", long), dataclasses.replace(QUICK, length=1000))
+
+
 def test_rounding_spares_embeddings_and_head() -> None:
     for family in ("llama", "gpt2", "qwen2"):
         model = toy_lm(family, vocab=V)
