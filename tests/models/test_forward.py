@@ -4,7 +4,7 @@ from torch import nn
 
 from remanence.models import desk_vision
 from remanence.models.adapters import add_lora
-from remanence.models.forward import evaluating, fresh_weights, is_language_model, logits_of, unwrapped, vocabulary
+from remanence.models.forward import evaluating, fresh_weights, is_language_model, logits_of, positions, unwrapped, vocabulary
 from toy import FAMILIES, toy_batch, toy_classifier, toy_lm
 
 
@@ -39,6 +39,7 @@ def test_language_models_and_their_vocabulary(family):
     model = toy_lm(family, vocab=71)
     assert is_language_model(model)
     assert vocabulary(add_lora(model)) == 71
+    assert positions(model) == positions(add_lora(toy_lm(family))) == 128
 
 
 def test_classifiers_are_no_language_models():
@@ -46,6 +47,7 @@ def test_classifiers_are_no_language_models():
     assert not is_language_model(desk_vision.build("mlp-digits"))
     with pytest.raises(TypeError, match="not a language model"):
         vocabulary(toy_classifier())
+    assert positions(toy_classifier()) == 2**31
 
 
 def test_evaluating_leaves_no_trace():

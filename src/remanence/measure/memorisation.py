@@ -6,8 +6,9 @@
 | `extraction_strength` | share of the tokens in the unbroken run of right argmaxes at the end: what a prefix suffices to extract | all |
 | `truth_ratio` | probability of wrong answers over that of the paraphrased true one, min(TR, 1/TR) as of rows that must go | those with wrong answers |
 
-Formulas and their conventions stand in `training/memorisation.py`; audits (`forget/audit/`) use the same. The end token of an answer counts in the truth ratio alone.
-Of kind text an item is a block of `length` tokens. Cost: one forward pass over rows x (1 + true and wrong answers of the truth ratio).
+Formulas and their conventions stand in `training/memorisation.py`; audits (`forget/audit/`) use the same. The end token of an answer counts
+in the truth ratio alone. Of kind text an item is a block of `length` tokens. Cost: one forward pass over rows x (1 + true and wrong answers
+of the truth ratio).
 """
 
 from __future__ import annotations

@@ -46,6 +46,13 @@ def vocabulary(model: nn.Module) -> int:
     return head.weight.shape[0] if head is not None else core.config.get_text_config().vocab_size
 
 
+def positions(model: nn.Module) -> int:
+    """Return how many tokens a language model can read at a time, 2^31 where its configuration names no bound."""
+    core = unwrapped(model)
+    config = core.config.get_text_config() if isinstance(core, PreTrainedModel) else None
+    return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+
 def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """Return the logits of a batch: (B, T, V) for a language model, (B, K) for a classifier.
 

@@ -10,7 +10,8 @@ OpenUnlearning's code gives 1/T there |
 | `truth_ratio_forget`, `truth_ratio_keep` | min(TR, 1/TR) of rows that must go; max(0, 1 - TR) of rows that must stay | TOFU |
 
 The end token of an answer counts in probabilities, as TOFU has it, and not in memorisation and membership scores, as OpenUnlearning has it
-(`Tokens.without_end`). Flat arrays hold N tokens, row by row; B is the number of rows. Cost: one forward pass over the rows; sorting apart, O(N).
+(`Tokens.without_end`). Flat arrays hold N tokens, row by row; B is the number of rows. Cost: one forward pass over the rows; sorting apart,
+O(N).
 """
 
 from __future__ import annotations

@@ -13,6 +13,8 @@ from remanence.forget.audit.case import Case
 
 def measure_classes(case: Case) -> None:
     """Add accuracy, probability and NLL on the forget rows."""
+    for name in ("truth_ratio", "forget_quality"):
+        case.skipped[name] = f"rows of kind {case.kind} have no wrong answers beside the true one"
     case.compare("accuracy", "memory", lambda who, part: right(case, who, part))
     case.compare("probability", "memory", case.probability)
     case.compare("nll", "quality", lambda who, part: -np.log(np.maximum(case.probability(who, part), 1e-300)), alone="higher", share=False)

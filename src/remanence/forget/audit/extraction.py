@@ -1,11 +1,12 @@
 """What a model still says of the rows: probability, exact memorisation, extraction strength, and what it writes when it is asked.
 
-ROUGE-L is on the longest common subsequence of words, lower case, letters and digits alone. `rouge` is TOFU's recall of the answer in a greedy continuation,
-`knowmem` and `verbmem` are MUSE's F1 (2407.06460): of answers (kind qa), and of what follows the first tokens of a text (text, chat). Differs from the packages behind both:
-words are not stemmed. A continuation ends at the end token, after `new_tokens`, or when it is twice as long as the longest true one and 8.
+ROUGE-L is on the longest common subsequence of words, lower case, letters and digits alone. `rouge` is TOFU's recall of the answer in a
+greedy continuation, `knowmem` and `verbmem` are MUSE's F1 (2407.06460): of answers (kind qa), and of what follows the first tokens of a
+text (text, chat). Differs from the packages behind both: words are not stemmed. A continuation ends at the end token, after `new_tokens`,
+or when it is twice as long as the longest true one and 8.
 
-Prompts of equal length are continued together, so nothing is padded and the words are those that each prompt alone would get. Cost: one forward pass
-over the rows; then one step per generated token and batch.
+Prompts of equal length are continued together, so nothing is padded and the words are those that each prompt alone would get. Cost: one
+forward pass over the rows; then one step per generated token and batch.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import nn
 
 from remanence.errors import Mistake
 from remanence.forget.audit.case import Case
-from remanence.models.forward import evaluating
+from remanence.models.forward import evaluating, positions
 from remanence.training.batches import IGNORED
 from remanence.training.memorisation import exact_memorisation, extraction_strength
 
@@ -54,7 +55,9 @@ class Writings:
             case = self.case
             prompts, wanted = self._prompts(part)
             case.show(f"writes about {part}, {who}")
-            most = min(case.settings.new_tokens, 2 * max(map(len, wanted)) + 8)
+            longest = max(map(len, wanted))
+            most = min(case.settings.new_tokens, 2 * longest + 8 if case.kind == "qa" else longest)
+            most = min(most, positions(case.models[who]) - max(map(len, prompts)))
             said = continuations(case.models[who], prompts, most, size=case.settings.batch_size, processor=case.processor)
             if case.kind != "qa":  # texts go on for ever: compare what is as long as the truth
                 said = [ids[: len(true)] for ids, true in zip(said, wanted)]
@@ -98,7 +101,7 @@ def memorised(case: Case, who: str, part: str) -> Float[np.ndarray, " N"]:
 def prompts_of(
     ids: Int[np.ndarray, "B T"], labels: Int[np.ndarray, "B T"], most: int | None = None
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Split rows into prompt and what follows: at the first supervised token up to the end of that run, or (of text) behind `most` tokens, half the row at most."""
+    """Split rows into prompt and what follows: the first run of supervised tokens, or (of text) all behind `most` tokens, half the row at most."""
     there = ids != IGNORED
     length = there.sum(1)
     if most is not None:
@@ -147,7 +150,7 @@ def continuations(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens
 
 
 def rouge_l(true: Sequence[str], said: Sequence[str]) -> Rouge:
-    """Return ROUGE-L of each pair: LCS words over words of the truth (recall), over words said (precision), and their harmonic mean; 0 where either is empty."""
+    """Return ROUGE-L of each pair: LCS over words of the truth (recall), over words said (precision), their harmonic mean; 0 where either is empty."""
     known: dict[str, int] = {}
     first, second = ([[known.setdefault(word, len(known)) for word in words(text)] for text in texts] for texts in (true, said))
     shared = lcs(_padded(first, -1), _padded(second, -2))
@@ -162,7 +165,7 @@ def words(text: str) -> list[str]:
 
 
 def lcs(first: Int[np.ndarray, "B N"], second: Int[np.ndarray, "B M"]) -> Int[np.ndarray, " B"]:
-    """Return the length of the longest common subsequence of each pair; pads of the two must differ. O(B N M), one vectorised step per column of the first."""
+    """Return the length of the longest common subsequence of each pair; pads of the two must differ. O(B N M), vectorised but for N."""
     best = np.zeros((len(first), second.shape[1] + 1), np.int64)  # of the words so far against each prefix of the second
     for column in first.T:
         best[:, 1:] = np.maximum.accumulate(np.where(second == column[:, None], best[:, :-1] + 1, best[:, 1:]), axis=1)

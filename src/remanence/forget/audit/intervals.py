@@ -1,6 +1,7 @@
 """How sure a number is: the bootstrap over rows, and DeLong's interval of an AUC.
 
-Rows count as independent. Where several rows say the same fact they are not, and intervals are too narrow: audit one row per fact, or read them as a lower bound of the doubt.
+Rows count as independent. Where several rows say the same fact they are not, and intervals are too narrow: audit one row per fact, or read
+them as a lower bound of the doubt.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def auc_interval(inside: Float[np.ndarray, " M"], outside: Float[np.ndarray, " N
 
 
 def _placements(inside: np.ndarray, outside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each inside score the share of outside scores below it, and for each outside score the share of inside scores above it; ties count half."""
+    """Return the share of outside scores below each inside one, and of inside scores above each outside one; ties count half."""
     low, high = np.sort(outside), np.sort(inside)
     first = (np.searchsorted(low, inside, "left") + np.searchsorted(low, inside, "right")) / (2 * len(low))
     second = 1 - (np.searchsorted(high, outside, "left") + np.searchsorted(high, outside, "right")) / (2 * len(high))

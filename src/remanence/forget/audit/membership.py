@@ -1,4 +1,4 @@
-"""Membership inference: can one see from outside that the model was trained on the forget rows? They are told apart from hold-out rows of the same kind.
+"""Membership inference: can one tell the forget rows from hold-out rows of the same kind, which the model never saw?
 
 | attack | score of a row, higher = more like a member | source |
 |---|---|---|
@@ -9,9 +9,9 @@
 | reference | NLL of a model that never saw the rows - NLL | Carlini et al. 2021; only with an oracle |
 | entropy | -entropy of the prediction; classifiers only | Song and Mittal 2021 |
 
-AUC: 1 = the forget rows are clearly recognisable as members, 0.5 = not at all, below: they stand out as too unlikely. The end token of an answer does not count.
-PrivLeak (MUSE, 2407.06460) = 100 (A - A_ref) / A_ref with A = 1 - AUC on min_k, A_ref the oracle's (0.5 without one): 0 ideal, near -100 not forgotten, positive
-over-forgotten. Cost: none beyond reading both sets once per model.
+AUC: 1 = the forget rows are clearly recognisable as members, 0.5 = not at all, below: they stand out as too unlikely. The end token of an
+answer does not count. PrivLeak (MUSE, 2407.06460) = 100 (A - A_ref) / A_ref with A = 1 - AUC on min_k, A_ref the oracle's (0.5 without
+one): 0 ideal, near -100 not forgotten, positive over-forgotten. Cost: none beyond reading both sets once per model.
 """
 
 from __future__ import annotations

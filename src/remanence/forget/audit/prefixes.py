@@ -1,7 +1,8 @@
 """Paraphrase and prefix attacks: ask in words that forgetting did not train on, plead, or show how others were answered.
 
-Each row's score is its best try: the highest probability exp(-NLL) of the right answer over the row's paraphrased questions, or over all prefixes (pleas of the
-kinds that RWKU uses, arXiv 2406.10890, and a few retain rows with their answers). The plain question is not among the tries. Cost: one forward pass over rows x tries per model.
+Each row's score is its best try: the highest probability exp(-NLL) of the right answer over the row's paraphrased questions, or over all
+prefixes (pleas of the kinds that RWKU uses, arXiv 2406.10890, and a few retain rows with their answers). The plain question is not among
+the tries. Cost: one forward pass over rows x tries per model.
 """
 
 from __future__ import annotations

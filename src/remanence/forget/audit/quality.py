@@ -1,7 +1,7 @@
 """How near the audited model is to the oracle on the forget rows, token by token (of classifiers: row by row).
 
-`agreement` is the share of tokens or rows for which both have the same argmax, `kl_to_oracle` the mean KL(oracle || model) in nats; both are means over rows of each row's mean.
-Cost: one forward pass over the forget rows of each of the two.
+`agreement` is the share of tokens or rows for which both have the same argmax, `kl_to_oracle` the mean KL(oracle || model) in nats; both
+are means over rows of each row's mean. Cost: one forward pass over the forget rows of each of the two.
 """
 
 from __future__ import annotations

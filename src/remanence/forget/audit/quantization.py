@@ -1,9 +1,10 @@
-"""Quantization attack: round the weights, and see whether what was forgotten comes back (Zhang et al. 2024, arXiv 2410.16454): small changes of weights may be rounded away.
+"""Quantization attack: round the weights, and see whether what was forgotten comes back; small changes may be rounded away (Zhang et al. 2024, 2410.16454).
 
-Rounding is symmetric, to the nearest: w -> s round(w / s), s = max |w| / (2^(bits-1) - 1) over a group of weights of one output, along the inputs. All linear and
-convolutional matrices are rounded, but not embeddings and the head, as usual; an adapter is merged first. The arithmetic is that of a kernel that widens
-weights again, so it needs no such kernel. Where torchao is installed its int8 weights are tried too, where bitsandbytes is and the model is on a GPU its nf4 weights.
-Cost: one copy of the model and one forward pass over the forget rows per number of bits and model.
+Rounding is symmetric, to the nearest: w -> s round(w / s), s = max |w| / (2^(bits-1) - 1) over a group of weights of one output, along the
+inputs. All linear and convolutional matrices are rounded, but not embeddings and the head, as usual; an adapter is merged first. The
+arithmetic is that of a kernel that widens weights again, so it needs no such kernel. Where torchao is installed its int8 weights are tried
+too, where bitsandbytes is its nf4 weights. Cost: one copy of the model and one forward pass over the forget rows per number of bits and
+model.
 """
 
 from __future__ import annotations
@@ -47,15 +48,9 @@ def rounders(case: Case) -> dict[str, Rounder]:
     found: dict[str, Rounder] = {}
     for bits in case.settings.bits:
         found[f"int{bits}"] = lambda model, bits=bits: round_model(model, bits, case.settings.group)  # type: ignore[misc]
-    gpu = next(case.models["model"].parameters()).is_cuda
-    for name, library, rounder, usable in (
-        ("torchao-int8", "torchao", by_torchao, True),
-        ("bitsandbytes-nf4", "bitsandbytes", by_bitsandbytes, gpu),
-    ):
+    for name, library, rounder in (("torchao-int8", "torchao", by_torchao), ("bitsandbytes-nf4", "bitsandbytes", by_bitsandbytes)):
         if importlib.util.find_spec(library) is None:
             case.skipped[f"quantization/{name}"] = f"{library} is not installed"
-        elif not usable:
-            case.skipped[f"quantization/{name}"] = "the model is not on a GPU"
         else:
             found[name] = rounder
     return found

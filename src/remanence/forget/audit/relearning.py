@@ -1,9 +1,11 @@
-"""Relearning attack: fine-tune a copy on a part of the forget rows, and see how fast they come back, compared with the same attack on a model that never knew them.
+"""Relearning attack: fine-tune a copy on a part of the forget rows, and see how fast they come back, beside a model that never knew them.
 
-Half of the rows are shown to it (`relearn_share`), the others are watched: rows that come back without being shown were never gone (Hu et al. 2024, arXiv 2406.13356).
-The curve is the mean probability exp(-NLL) behind so many optimizer steps; a finding is the area under it, divided by the steps, from 0 to 1, up to the step by
-which the reference has come half way to what the original knew: later every model has learned the rows. The attack trains every weight with AdamW at a constant rate, in the same order for every model. It is held against the attack on the oracle; without one against
-the original that learns holdout rows, which it never saw. Cost: `relearn_steps` steps, a fp32 copy of the model and AdamW's state, and one forward pass over the rows per point, twice.
+Half of the rows are shown to it (`relearn_share`), the others are watched: rows that come back without being shown were never gone (Hu et
+al. 2024, arXiv 2406.13356). The curve is the mean probability exp(-NLL) behind so many optimizer steps; a finding is the area under it,
+divided by the steps, from 0 to 1, up to the step by which the reference has come half way to what the original knew: later every model has
+learned the rows. The attack trains every weight with AdamW at a constant rate, in the same order for every model. It is held against the
+attack on the oracle; without one against the original that learns holdout rows, which it never saw. Cost: `relearn_steps` steps, a fp32
+copy of the model and AdamW's state, and one forward pass over the rows per point, twice.
 """
 
 from __future__ import annotations
@@ -65,10 +67,10 @@ def attack_by_relearning(case: Case) -> None:
             return area(one.steps[: until + 1], getattr(one, side)[: until + 1])
 
         case.compare(f"relearning/{side}", "robustness", measure, original=case.probability)
-        for (who, part), one in found.items():
-            values = getattr(one, side)
+        for key in (key for key in whose if key in found):
+            one, values = found[key], getattr(found[key], side)
             if values.shape[1]:
-                case.curves.append(Curve(f"relearning/{side}", whose[who, part], one.steps, tuple(values.mean(1).tolist())))
+                case.curves.append(Curve(f"relearning/{side}", whose[key], one.steps, tuple(values.mean(1).tolist())))
     if not there:
         case.skipped["relearning reference"] = (
             "there is neither an oracle, nor an original with a holdout: the curve has nothing to be compared with"

@@ -1,7 +1,7 @@
 """Do an audit: read every model on every set once, attack copies, and judge.
 
-Nothing is written, and the models are left as they were. Cost: about (3 + wrong answers + paraphrases + prefixes + numbers of bits) forward passes over the forget rows,
-two over what must stay, the continuations, all of it per model, and two relearning attacks; see each file.
+Nothing is written, and the models are left as they were. Cost: about (3 + wrong answers + paraphrases + prefixes + numbers of bits) forward
+passes over the forget rows, two over what must stay, the continuations, all of it per model, and two relearning attacks; see each file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from remanence.forget.audit.settings import AuditSettings
 from remanence.forget.audit.truth_ratio import TruthRatios, measure_forget_quality
 from remanence.forget.audit.utility import measure_utility
 from remanence.forget.audit.verdict import judge
-from remanence.models.forward import is_language_model, vocabulary
+from remanence.models.forward import is_language_model, positions, vocabulary
 from remanence.stream import Request, keys_of
 
 
@@ -59,6 +59,8 @@ def audit(
     models = {"model": model} | {name: one for name, one in (("original", original), ("oracle", oracle)) if one is not None}
     check(request, models, processor)
     work: list[tuple[str, Callable[[], None]]] = []
+    if request.kind in ("text", "qa", "chat"):  # a longer row would go past the positions that a model has
+        settings = dataclasses.replace(settings, length=min(settings.length, *(positions(one) for one in models.values())))
     case = Case(request, models, processor, settings, seed, progress)
     writings, ratios = Writings(case), TruthRatios(case)
     if case.language:

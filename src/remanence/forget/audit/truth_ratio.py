@@ -1,8 +1,9 @@
-"""Truth ratio and forget quality, as TOFU defines them (Maini et al. 2024, arXiv 2401.06121): is the true answer still more likely than wrong ones of its form?
+"""Truth ratio and forget quality, as TOFU (arXiv 2401.06121) defines them: is the true answer still likelier than wrong ones of its form?
 
-Forget quality is the p-value of the two-sample Kolmogorov-Smirnov test between the truth ratios on the forget rows of the audited model and of the oracle: 1 =
-no difference can be seen. A p-value grows when rows are few, so values of requests of unlike size cannot be compared. Without an oracle it is refused, never
-substituted. Formulas: `training/memorisation.py`. Cost: one forward pass over rows x (true and wrong answers) per model.
+Forget quality is the p-value of the two-sample Kolmogorov-Smirnov test between the truth ratios on the forget rows of the audited model and
+of the oracle: 1 = no difference can be seen. A p-value grows when rows are few, so values of requests of unlike size cannot be compared.
+Without an oracle it is refused, never substituted. Formulas: `training/memorisation.py`. Cost: one forward pass over rows x (true and wrong
+answers) per model.
 """
 
 from __future__ import annotations

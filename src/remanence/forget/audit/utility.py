@@ -1,9 +1,10 @@
 """What must stay: the retain rows and the neighbours, measured as TOFU does, and their harmonic mean.
 
-Of each set: probability exp(-NLL), ROUGE-L recall, exact memorisation, and where there are wrong answers the truth ratio as max(0, 1 - TR); of classifiers accuracy and
-probability. `utility` is the harmonic mean of all of them (TOFU: of probability, ROUGE and truth ratio on retain, real authors and world facts: nine numbers; give
-such rows as neighbours): one number near 0 pulls it to 0. The reference is the original; without it the oracle. `fluency` is RWKU's, of what the model writes
-about the retain rows: it falls where it repeats itself. Cost: one forward pass over both sets, and their continuations, per model.
+Of each set: probability exp(-NLL), ROUGE-L recall, exact memorisation, and where there are wrong answers the truth ratio as max(0, 1 - TR);
+of classifiers accuracy and probability. `utility` is the harmonic mean of all of them (TOFU: of probability, ROUGE and truth ratio on
+retain, real authors and world facts: nine numbers; give such rows as neighbours): one number near 0 pulls it to 0. The reference is the
+original; without it the oracle. `fluency` is RWKU's, of what the model writes about the retain rows: it falls where it repeats itself.
+Cost: one forward pass over both sets, and their continuations, per model.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """One word for what an audit found, never from one number alone, with the numbers behind it.
 
-Let m(f) = (value - reference) / (ceiling - reference) be what of the original's knowledge a finding f still shows: 0 is the reference (the oracle; without it
-what the original says of the holdout; without both 0), 1 is the original (1 where it is not given). A number counts where it passes its bar and its interval
-does not reach the reference. Rules, in this order; the first that fires is the verdict, the others are named as `also`:
+Let m(f) = (value - reference) / (ceiling - reference) be what of the original's knowledge a finding f still shows: 0 is the reference (the
+oracle; without it what the original says of the holdout; without both 0), 1 is the original (1 where it is not given). A number counts
+where it passes its bar and its interval does not reach the reference. Rules, in this order; the first that fires is the verdict, the others
+are named as `also`:
 
 | verdict | rule |
 |---|---|
