@@ -6,7 +6,7 @@ by forget and retain accuracy alone; then it serves the request once. `forget`, 
 `probability`: of the forgotten answers. `ks`: p-value of the two-sample test between its truth ratios and the retrained model's. `privleak`: 100 (A - A_ref) /
 A_ref with A = 1 - AUC of Min-K 40 % (rows that must go against people it never met), 0 ideal, -100 not forgotten, above 0 over-forgotten. `auc inside`: the
 same AUC in the weights themselves, without a gate around them. `distance`: mean KL(retrained || model) per answer token on the forgotten and on kept facts.
-`retrain again` is the same training from other first weights: the noise. SISA learned the town by itself; its reference is SISA that never saw the people.
+`retrain again` is the same training from other first weights: the noise. SISA learned the people and places by itself, without the strangers; its reference is SISA that never saw the ten.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LOW, OVER, LEFT, KEPT, TWICE = (
     0.05,
     2.0,
 )  # KS p-value, PrivLeak, forget and retain accuracy against retrain, distance against its noise
-SHARDS, SLICES, LEARN_STEPS = 3, 1, 500
+SHARDS, SLICES, LEARN_STEPS = 3, 1, 100
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,9 @@ ARMS: dict[str, Arm] = {  # one line per method: to add one, add its line
     "gradient difference": Arm({"method": "gradient-difference"}),
     "ascent with kl": Arm({"method": "kl"}),
     "npo": Arm({"method": "npo"}),
-    "rmu": Arm({"method": "rmu"}),
-    "task vector": Arm({"method": "task-vector"}, grid=tuple((3e-4, {"alpha": alpha}) for alpha in (1.0, 3.0, 10.0, 30.0))),
-    "ssd": Arm({"method": "ssd"}, grid=tuple((0.0, {"alpha": alpha}) for alpha in (2.0, 4.0, 7.0, "auto"))),
+    "rmu": Arm({"method": "rmu"}, grid=tuple((rate, {"c": c}) for rate in (3e-3, 1e-2) for c in (2.0, 10.0))),
+    "task vector": Arm({"method": "task-vector"}, grid=tuple((1e-4, {"alpha": alpha}) for alpha in (1.0, 2.0, 3.0, 5.0))),
+    "ssd": Arm({"method": "ssd"}, grid=tuple((0.0, {"alpha": alpha}) for alpha in (4.0, 7.0, 12.0, "auto"))),
     "icul": Arm({"method": "icul"}, grid=ONCE, gate=True),
     "guardrail": Arm({"method": "guardrail"}, grid=ONCE, refuses=True, gate=True),
 }
@@ -210,19 +210,24 @@ def by_sisa(people: tuple[int, ...], seed: int) -> tuple[nn.Module, nn.Module, d
     from remanence.training.trainer import Settings, Trainer
 
     processor = load_model("desk:town").processor
-    settings = Settings(steps=LEARN_STEPS, batch_size=128, lr=town().lr, warmup=20, schedule="linear", beta2=town().beta2)
+    settings = Settings(steps=LEARN_STEPS, batch_size=64, lr=town().lr, warmup=20, schedule="linear", beta2=town().beta2)
 
     def learned(data: Dataset) -> tuple[Any, Any, Any]:
         method, task = SISA(SHARDS, SLICES), Task("town", data, kind="qa")
         trainer = Trainer(settings, processor=processor, seed=seed, progress=False)
         return method, task, method.learn(make_model(town(), processor, seed), task, trainer)
 
-    method, task, model = learned(town().taught())
+    method, task, model = learned(facts_alone(town().taught()))
     trainer = Trainer(settings, processor=processor, seed=seed + 1, history=[task], progress=False)
     model = method.forget(model, Request("people", town().world.of(people).questions()), trainer)
-    _, _, never = learned(left(people))
+    _, _, never = learned(facts_alone(left(people)))
     pairs = zip(model.state_dict().values(), never.state_dict().values(), strict=True)
     return model, never, {"same bits": float(all(torch.equal(one, other) for one, other in pairs))}
+
+
+def facts_alone(rows: Dataset) -> Dataset:
+    """Return the rows about people and places, without the strangers."""
+    return rows.select(np.flatnonzero(np.array(rows["person"]) < PEOPLE))
 
 
 # What is measured.
@@ -414,5 +419,9 @@ CLAIM = Claim(
     show=("forget", "probability", "retain", "strangers", "ks", "privleak", "auc inside", "distance", "distance kept", "rate", "seconds"),
     minutes=15,
     long=True,
-    notes=("The rates were chosen on ten other people by forget and retain accuracy; no metric that is reported here was looked at.",),
+    notes=(
+        "Truth ratios are taken on answers as they were taught: the town was never taught the paraphrased form, in which even the model that knows all has a "
+        "ratio near 1 and the test has no power.",
+        "The rates were chosen on ten other people by forget and retain accuracy; no metric that is reported here was looked at.",
+    ),
 )
