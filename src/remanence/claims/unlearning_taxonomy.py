@@ -1,8 +1,8 @@
 """Ways to forget, side by side on the town: do the figures that a model says of itself agree with the gold standard, the model that never saw the people?
 
 A desk Llama knows 100 people, facts about cities and employers, and to say "I do not know" of strangers. Ten people must go; what the rest was taught must
-stay. Each method gets the same steps and the same small grid of rates (of strengths, where it has no rate), tried on ten other people of the town and judged
-by forget and retain accuracy alone; then it serves the request once. `forget`, `retain`, `places`, `strangers`: share of answers said word by word.
+stay. Each method gets the same steps and four tries of its rate and strengths on ten other people of the town, judged by forget and retain accuracy alone;
+then it serves the request once. `forget`, `retain`, `places`, `strangers`: share of answers said word by word.
 `probability`: of the forgotten answers. `ks`: p-value of the two-sample test between its truth ratios and the retrained model's. `privleak`: 100 (A - A_ref) /
 A_ref with A = 1 - AUC of Min-K 40 % (rows that must go against people it never met), 0 ideal, -100 not forgotten, above 0 over-forgotten. `auc inside`: the
 same AUC in the weights themselves, without a gate around them. `distance`: mean KL(retrained || model) per answer token on the forgotten and on kept facts.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from remanence.stream import Request
 
 PEOPLE, GONE, STEPS, BATCH = 100, 10, 60, 32
-RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+RATES = (2e-5, 5e-5, 1e-4, 3e-4)
 SEEDS = (0, 1, 2)
 LOW, OVER, LEFT, KEPT, TWICE = (
     0.01,
@@ -49,7 +49,7 @@ class Arm:
 
     Args:
         clause: as in a recipe.
-        grid: what is tried: (rate, other keys) each; a single entry is not tuned.
+        grid: what is tried: (rate, other keys) each, four entries; a single one is not tuned.
         refuses: it teaches or gives a refusal.
         gate: the weights stay, the answer is changed.
     """
@@ -80,14 +80,16 @@ class TownWithout(DeskSpec):
         return left(self.gone)
 
 
-ONCE: tuple[tuple[float, dict[str, Any]], ...] = ((0.0, {}),)
+Grid = tuple[tuple[float, dict[str, Any]], ...]
+ONCE: Grid = ((0.0, {}),)
+HELD: Grid = tuple((rate, {"alpha": alpha}) for rate in (1e-4, 3e-4) for alpha in (5.0, 20.0))  # of methods with a retain term
 ARMS: dict[str, Arm] = {  # one line per method: to add one, add its line
     "gradient ascent": Arm({"method": "gradient-ascent"}),
     "gradient ascent, 1e-3": Arm({"method": "gradient-ascent"}, grid=((1e-3, {}),)),
-    "gradient difference": Arm({"method": "gradient-difference"}),
-    "ascent with kl": Arm({"method": "kl"}),
-    "npo": Arm({"method": "npo"}),
-    "rmu": Arm({"method": "rmu"}, grid=tuple((rate, {"c": c}) for rate in (3e-3, 1e-2) for c in (2.0, 10.0))),
+    "gradient difference": Arm({"method": "gradient-difference"}, HELD),
+    "ascent with kl": Arm({"method": "kl"}, HELD),
+    "npo": Arm({"method": "npo"}, HELD),
+    "rmu": Arm({"method": "rmu"}, grid=tuple((1e-2, {"c": c, "alpha": alpha}) for c in (2.0, 10.0) for alpha in (1.0, 10.0))),
     "task vector": Arm({"method": "task-vector"}, grid=tuple((1e-4, {"alpha": alpha}) for alpha in (1.0, 2.0, 3.0, 5.0))),
     "ssd": Arm({"method": "ssd"}, grid=tuple((0.0, {"alpha": alpha}) for alpha in (4.0, 7.0, 12.0, "auto"))),
     "icul": Arm({"method": "icul"}, grid=ONCE, gate=True),
@@ -422,6 +424,6 @@ CLAIM = Claim(
     notes=(
         "Truth ratios are taken on answers as they were taught: the town was never taught the paraphrased form, in which even the model that knows all has a "
         "ratio near 1 and the test has no power.",
-        "The rates were chosen on ten other people by forget and retain accuracy; no metric that is reported here was looked at.",
+        "Rates and strengths were chosen on ten other people by forget and retain accuracy; no metric that is reported here was looked at.",
     ),
 )
