@@ -1,7 +1,7 @@
 r"""In-context unlearning: every question comes with the forget rows in front, their answers turned to wrong ones, and some correct rows behind them.
 
 The model sees the wrong answers and doubts the right ones; no weight changes, so the model knows all that it knew, and without the context it says so.
-It was made for classification by large models that learn in context; small models mostly ignore the context. Guarantee: none.
+It was made for classification by large models that learn in context; a model that never met several questions in a row loses its way. Guarantee: none.
 
 Paper: Pawelczyk, Neel and Lakkaraju 2023, "In-Context Unlearning: Language Models as Few Shot Unlearners", arXiv 2310.07579, section 4.
 Context: "[forget input 1] [flipped label] ... [forget input K] [flipped label] [input 1] [label 1] ... [input s] [label s] [query]", temperature 0.
