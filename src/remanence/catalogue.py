@@ -205,6 +205,14 @@ ENTRIES: tuple[Entry, ...] = (
         "Does the model give the answer: greedy match, probability, rank; direct and paraphrased.",
         kinds=("qa",),
     ),
+    Entry(
+        "efficacy",
+        "measure",
+        "measure.efficacy:Efficacy",
+        "probe",
+        "Forget efficacy and model utility: answers' probability, ROUGE-L of what is written, likeness in meaning.",
+        kinds=("qa",),
+    ),
     Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right.", kinds=("classes", "images")),
 )
 
