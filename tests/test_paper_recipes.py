@@ -47,7 +47,16 @@ def toy_rows(kind: str, folder: Path, number: str) -> str:
                 Image.fromarray(pixels).save(folder / f"images-{number}" / label / f"{image}.png")
         return str(folder / f"images-{number}")
     rows = {
-        "qa": [{"question": f"what is {number}{n}?", "answer": f"it is {n * 11}"} for n in range(4)],
+        "qa": [
+            {
+                "question": f"what is {number}{n}?",
+                "answer": f"it is {n * 11}",
+                "idk": "who?",
+                "title": "it",
+                "type": ("entity", "domain")[n % 2],
+            }
+            for n in range(4)
+        ],
         "text": [{"text": f"line {number} of {n} and more of it"} for n in range(4)],
         "chat": [{"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}]} for n in range(4)],
     }[kind]
@@ -61,6 +70,9 @@ def test_paper_recipe_builds_and_takes_two_steps(path: Path, tmp_path: Path, mon
     recipe = Recipe.load(path)
     tree = yaml.safe_load(path.read_text())
     tree["model"] = str(toy_folder(recipe.model, tmp_path / "model"))
+    for clause in tree.get("measure", {}).get("probes", {}).get("qa", []):
+        if isinstance(clause, dict) and "new_tokens" in clause:
+            clause |= {"new_tokens": 2, "similarity": False}
     small = {"steps": 2, "batch_size": 2, "accumulate": 1, "length": 128, "checkpoint_every": 0}
     events = []
     for number, (event, parsed) in enumerate(zip(tree["events"], recipe.events, strict=True)):

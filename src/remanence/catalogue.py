@@ -277,6 +277,14 @@ ENTRIES: tuple[Entry, ...] = (
         "How much of each row is known by heart: exact memorisation, extraction strength, truth ratio.",
         kinds=("text", "qa", "chat"),
     ),
+    Entry(
+        "efficacy",
+        "measure",
+        "measure.efficacy:Efficacy",
+        "probe",
+        "Forget efficacy and model utility: answers' probability, ROUGE-L of what is written, likeness in meaning.",
+        kinds=("qa",),
+    ),
     Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right.", kinds=("classes", "images")),
 )
 

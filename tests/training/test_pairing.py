@@ -32,6 +32,7 @@ FORGET, RETAIN = sets(
     "a/entity a/domain b/entity a/domain x/general c/domain c/entity y/general b/domain b/domain a/domain c/domain c/domain b/domain",
 )
 N, M = len(FORGET), len(RETAIN)
+OWN, TITLES, TYPES = FORGET["title"][:], RETAIN["title"][:], RETAIN["type"][:]
 
 
 def plan(strategy: str, **options) -> Pairing:
@@ -73,7 +74,7 @@ def test_builder_lengths_are_those_of_the_paper() -> None:
 
 def test_every_strategy_is_its_definition() -> None:
     retain = np.arange(M)
-    kinds = np.array(RETAIN["type"])
+    kinds = np.array(TYPES)
     cycle = lambda rows: sorted((i % N, int(rows[i % len(rows)])) for i in range(max(N, len(rows))))  # noqa: E731
     assert all_pairs(plan("one_to_one_seq")) == [(n, n) for n in range(N)]
     assert all_pairs(plan("cyclic")) == cycle(retain)
@@ -83,9 +84,9 @@ def test_every_strategy_is_its_definition() -> None:
 
 def test_melu_pairs_share_their_entity_and_meet_every_retain_row() -> None:
     pairs = plan("melu").epoch(0)
-    general = np.array(RETAIN["type"]) == "general"
+    general = np.array(TYPES) == "general"
     inside = pairs[~general[pairs[:, 1]]]
-    assert [FORGET["title"][f] for f, _ in inside] == [RETAIN["title"][r] for _, r in inside]
+    assert [OWN[f] for f, _ in inside] == [TITLES[r] for _, r in inside]
     assert set(pairs[:, 1]) == set(range(M))
     assert np.bincount(pairs[general[pairs[:, 1]], 1], minlength=M)[general].tolist() == [1, 1]  # once each, whoever they meet
 
@@ -132,7 +133,7 @@ def test_random_pairs_are_redrawn_every_epoch_and_the_same_in_every_run() -> Non
 
 
 def test_balanced_has_as_many_indirect_as_direct_rows_of_each_entity() -> None:
-    labels = labels_of(FORGET["title"], RETAIN["title"], RETAIN["type"])
+    labels = labels_of(OWN, TITLES, TYPES)
     used = plan("balanced").exposures()[1] > 0
     for entity in range(3):
         own = (labels.retain == entity) & used
@@ -148,9 +149,9 @@ def test_balanced_has_as_many_indirect_as_direct_rows_of_each_entity() -> None:
 def test_by_entity_keeps_entities_together_and_general_rows_last() -> None:
     for strategy in ("melu", "cyclic", "one_to_one_random"):
         pairs = plan(strategy, order="by_entity").epoch(3, seed=5)
-        general = np.array(RETAIN["type"])[pairs[:, 1]] == "general"
+        general = np.array(TYPES)[pairs[:, 1]] == "general"
         assert not np.any(general[:-1] & ~general[1:])
-        titles = [FORGET["title"][f] for f in pairs[~general, 0]]
+        titles = [OWN[f] for f in pairs[~general, 0]]
         assert titles == sorted(titles)
     shuffled = [plan("melu").epoch(epoch, seed=5).tolist() for epoch in (0, 1)]
     assert shuffled[0] != shuffled[1]
@@ -194,10 +195,10 @@ def test_the_report_counts_what_a_slow_walk_counts() -> None:
         assert report["pairs"] == report["forget"]["exposures"] == report["retain"]["exposures"] == 44
         assert report["retain"]["never"] == M - len(set(rows[:, 1]))
         for entity, own in report["entities"].items():
-            assert own["forget"] == sum(FORGET["title"][f] == entity for f in rows[:, 0])
+            assert own["forget"] == sum(OWN[f] == entity for f in rows[:, 0])
             for kind in ("entity", "domain"):
-                assert own[kind] == sum((RETAIN["title"][r], RETAIN["type"][r]) == (entity, kind) for r in rows[:, 1])
-        assert report["types"]["general"]["exposures"] == sum(RETAIN["type"][r] == "general" for r in rows[:, 1])
+                assert own[kind] == sum((TITLES[r], TYPES[r]) == (entity, kind) for r in rows[:, 1])
+        assert report["types"]["general"]["exposures"] == sum(TYPES[r] == "general" for r in rows[:, 1])
     assert set(plan("melu").report()["entities"]) == {"a", "b", "c"}  # general rows have titles of their own
     text = table(plan("melu").report())
     assert "melu, shuffled: 14 pairs" in text

@@ -29,7 +29,22 @@ FORMAT = 1
 PARTS = ("forget", "retain", "neighbours", "holdout")
 # the last word of a metric's name decides; what is not named here is better when higher
 LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", "rank", "nll", "error", "cross_entropy", "bits", "bits_per_byte", "kl", "distance", "forgetting", "ece", "brier"}
+    {
+        "loss",
+        "perplexity",
+        "log10_perplexity",
+        "rank",
+        "nll",
+        "error",
+        "cross_entropy",
+        "bits",
+        "bits_per_byte",
+        "kl",
+        "distance",
+        "forgetting",
+        "ece",
+        "brier",
+    }
 )
 # shares of one, shown in percent; the order is the order of preference for the leading measure
 SHARES = (
