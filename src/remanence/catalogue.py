@@ -130,6 +130,16 @@ ENTRIES: tuple[Entry, ...] = (
         "2404.18466",
         "hft",
     ),
+    Entry(
+        "gradient-restriction",
+        "learn",
+        "learn.gradient_restriction:GradientRestriction",
+        "preparation for deletion",
+        "Train with a penalty on the norm of the gradient, so that later deletions by a gradient step are safe.",
+        "Efficient Machine Unlearning via Influence Approximation, Liu et al. 2025",
+        "2507.23257",
+        "iau",
+    ),
     Entry("retrain", "forget", "forget.retrain:Retrain", "exact", "Train again without the rows; the oracle."),
     Entry(
         "gradient-ascent",
@@ -185,6 +195,13 @@ ENTRIES: tuple[Entry, ...] = (
         "probe",
         "Does the model give the answer: greedy match, probability, rank; direct and paraphrased.",
         kinds=("qa",),
+    ),
+    Entry(
+        "gradient-norms",
+        "measure",
+        "measure.gradient_norms:GradientNorms",
+        "probe",
+        "Norm of every row's gradient: the tail that deletions meet.",
     ),
     Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right.", kinds=("classes", "images")),
 )
