@@ -25,24 +25,13 @@ from remanence.stream import Request
 from remanence.training.batches import IGNORED
 from remanence.training.gradients import row_hashes, save_total_gradient
 from remanence.training.trainer import Settings, Trainer
-from toy import toy_lm, toy_tokenizer
+from toy import Double, toy_lm, toy_tokenizer
 
 TOKENIZER = toy_tokenizer()
 pytestmark = [
     pytest.mark.filterwarnings("ignore:request .* the weights moved"),
     pytest.mark.filterwarnings("ignore:request .* should stay"),
 ]
-
-
-class Double(nn.Module):
-    """Layers in float64 that read float32 features."""
-
-    def __init__(self, *layers: nn.Module):
-        super().__init__()
-        self.body = nn.Sequential(*layers).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x.double())
 
 
 def mlp(seed: int = 0) -> nn.Module:

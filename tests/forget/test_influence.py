@@ -19,20 +19,9 @@ from remanence.forget.influence import InfluenceFunction, conjugate_gradients, d
 from remanence.stream import Request
 from remanence.training.batches import Batches
 from remanence.training.trainer import Settings, Trainer
-from toy import toy_lm, toy_tokenizer
+from toy import Double, toy_lm, toy_tokenizer
 
 LAM = 0.05
-
-
-class Double(nn.Module):
-    """Layers in float64 that read float32 features."""
-
-    def __init__(self, *layers: nn.Module):
-        super().__init__()
-        self.body = nn.Sequential(*layers).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x.double())
 
 
 def classes(count: int, seed: int) -> Dataset:

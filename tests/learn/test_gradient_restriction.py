@@ -20,21 +20,11 @@ from remanence.measure.gradient_norms import GradientNorms
 from remanence.stream import Moment, Task
 from remanence.training.batches import Batch
 from remanence.training.trainer import Settings, Trainer
+from toy import Double
 
 DRAW = torch.Generator().manual_seed(0)
 X, Y = torch.randn(12, 5, generator=DRAW), torch.randint(3, (12,), generator=DRAW)
 TASK = Task("rows", Dataset.from_dict({"features": X.tolist(), "label": Y.tolist()}), kind="classes")
-
-
-class Double(nn.Module):
-    """Layers in float64 that read float32 features."""
-
-    def __init__(self, *layers: nn.Module):
-        super().__init__()
-        self.body = nn.Sequential(*layers).double()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.body(x.double())
 
 
 def three_layers(*between: nn.Module) -> nn.Module:
