@@ -141,8 +141,8 @@ class IAU:
             "from_file": self.total_gradient is not None,
         }
         self._warn(found)
-        self.log.append(found)
-        trainer.note("iau", found | {"requests": len(self.log), "seconds": time.monotonic() - begun})
+        self.log.append(found | {"seconds": time.monotonic() - begun})
+        trainer.note("iau", found | {"requests": len(self.log)})  # a note is the same in every run; the ledger's event has the time
         return model
 
     def _retain(self, model: nn.Module, request: Request, trainer: Trainer, forget: Gradient) -> tuple[Gradient | None, int | None]:

@@ -21,7 +21,6 @@ over D per iteration; lissa one over a batch per iteration. Memory: cg four vect
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -87,7 +86,6 @@ class InfluenceFunction:
         """
         from datasets import concatenate_datasets
 
-        begun = time.monotonic()
         if is_sharded(model):
             raise Mistake("influence", "cannot step a sharded model", "run it in one process, or replicated")
         parts = [part.select_columns(list(COLUMNS[request.kind])) for part in (retain_of(request, "influence"), request.forget)]
@@ -124,7 +122,6 @@ class InfluenceFunction:
         about |= {
             "norm_forget": right.norm().item(),
             "displacement": self.strength * found.norm().item(),
-            "seconds": time.monotonic() - begun,
         }
         trainer.note("influence", about)
         return model
