@@ -20,7 +20,7 @@ from remanence.measure.gradient_norms import GradientNorms
 from remanence.stream import Moment, Task
 from remanence.training.batches import Batch
 from remanence.training.trainer import Settings, Trainer
-from toy import Double
+from toy import Double, toy_lm, toy_tokenizer
 
 DRAW = torch.Generator().manual_seed(0)
 X, Y = torch.randn(12, 5, generator=DRAW), torch.randint(3, (12,), generator=DRAW)
@@ -152,6 +152,22 @@ def test_07_the_largest_gradients_of_single_rows_fall_with_the_strength(method: 
         tails.append(GradientNorms(rows, "classes").measure(model, Moment()).values)
     for metric in ("p99", "max"):
         assert tails[0][metric] > tails[1][metric] > tails[2][metric]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_gradient_checkpointing_changes_nothing(family: str) -> None:
+    tokenizer, ends = toy_tokenizer(), []
+    rows = Dataset.from_dict({"question": [f"who is {n}" for n in range(8)], "answer": [f"{n * 7}" for n in range(8)]})
+    for checkpointing, accumulate in ((False, 1), (True, 1), (True, 2)):
+        settings = Settings(
+            steps=2, batch_size=8 // accumulate, accumulate=accumulate, lr=0.1, optimizer="sgd", gradient_checkpointing=checkpointing
+        )
+        model = toy_lm(family, vocab=len(tokenizer))
+        GradientRestriction(0.1).learn(model, Task("rows", rows, kind="qa"), Trainer(settings, processor=tokenizer, progress=False))
+        ends.append(model.state_dict())
+    for other in ends[1:]:
+        for name, value in ends[0].items():
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6)
 
 
 class _Once(torch.autograd.Function):

@@ -22,7 +22,7 @@ with the same dropout; the logged loss is then L alone. Cost: `exact` about 3 ti
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from remanence.errors import Mistake, nearest
 from remanence.stream import Task
 from remanence.training.batches import Batch
-from remanence.training.curvature import directional, refuse_once_differentiable, slopes
+from remanence.training.curvature import directional, plain_attention, refuse_once_differentiable, slopes
 from remanence.training.losses import nll
 from remanence.training.processes import is_sharded, world_size
 from remanence.training.trainer import Loss, Step, Trainer
@@ -88,7 +88,8 @@ class GradientRestriction:
             first = batches[0].to(trainer.accelerator.device)
             refuse_once_differentiable("gradient_restriction", model, nll, first, "set derivative: finite")
             if trainer.settings.accumulate * world_size() == 1:
-                return trainer.fit(model, batches, self.restricted)
+                with plain_attention():  # around the loop: what checkpointing recomputes on the way back must be the same
+                    return trainer.fit(model, batches, self.restricted)
         noise: list[list[Tensor]] = []  # the generators before each micro-batch of the step
 
         def plain(model: nn.Module, batch: Batch) -> Tensor:
@@ -99,7 +100,8 @@ class GradientRestriction:
             self._add_penalty(model, step, trainer, noise)
             noise.clear()
 
-        return trainer.fit(model, batches, plain, after_backward=restrict)
+        with plain_attention() if self.derivative == "exact" else nullcontext():
+            return trainer.fit(model, batches, plain, after_backward=restrict)
 
     def restricted(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:
         """Return L + a S(grad L) of one batch, differentiable."""
