@@ -15,8 +15,12 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from remanence.forget.dpo import DPO
+from remanence.forget.fine_tune import FineTune
+from remanence.forget.fisher_forgetting import FisherForgetting
 from remanence.forget.gradient_ascent import GradientAscent
 from remanence.forget.gradient_difference import GradientDifference
+from remanence.forget.iau import IAU
+from remanence.forget.influence import InfluenceFunction
 from remanence.forget.kl import AscentKL
 from remanence.forget.melu import MELU
 from remanence.forget.npo import NPO
@@ -37,6 +41,8 @@ from toy import toy_lm, toy_tokenizer
 pytestmark = [
     pytest.mark.filterwarnings("ignore:request .* is selected"),
     pytest.mark.filterwarnings("ignore:this model cannot be vectorised"),
+    pytest.mark.filterwarnings("ignore:request .* that should stay"),
+    pytest.mark.filterwarnings("ignore:request .* the weights moved"),
 ]
 
 TRAINED: dict[str, Callable[[], Any]] = {  # those that take optimizer steps
@@ -54,8 +60,15 @@ TRAINED: dict[str, Callable[[], Any]] = {  # those that take optimizer steps
     "dpo_kl": lambda: DPO(retain="kl"),
     "melu": lambda: MELU(strategy="cyclic"),
     "melu_random": lambda: MELU(GradientDifference(), strategy="one_to_one_random"),
+    "fine_tune": FineTune,
 }
 METHODS = TRAINED | {"ssd": SSD}
+METHODS |= {
+    "iau": IAU,
+    "iau_sgd": lambda: IAU(step="sgd", lr=0.05),
+    "influence": lambda: InfluenceFunction(damping=300.0, iterations=5),
+    "fisher_forgetting": FisherForgetting,
+}
 NOTHING: dict[str, Callable[[], Any]] = {
     "gradient_ascent": lambda: GradientAscent(gamma=0),
     "gradient_difference": lambda: GradientDifference(0, 0),
@@ -69,9 +82,14 @@ NOTHING: dict[str, Callable[[], Any]] = {
     "dpo": lambda: DPO(gamma=0, alpha=0),
     "melu": lambda: MELU(NPO(gamma=0, alpha=0), strategy="cyclic"),
     "ssd": lambda: SSD(alpha=math.inf),
+    "iau": lambda: IAU(gamma=0, correction=0),
+    "iau_sgd": lambda: IAU(step="sgd", gamma=0, correction=0),
+    "influence": lambda: InfluenceFunction(damping=300.0, iterations=5, strength=0),
+    "fisher_forgetting": lambda: FisherForgetting(alpha=0),
 }
 ASKING = ["dpo", "dpo_kl"]  # those that need questions and answers
 IMAGES = ["retrain", "ofmu", "gradient_ascent", "gradient_difference", "kl", "npo", "melu", "ssd", "task_vector"]
+IMAGES += ["fine_tune", "iau", "iau_sgd", "influence"]
 FAMILIES = ["llama", "gpt2", "qwen2"]
 
 TOKENIZER = toy_tokenizer()
@@ -172,6 +190,12 @@ def test_killed_and_resumed_equals_uninterrupted(name: str, history: bool, tmp_p
 
 def test_ssd_run_again_from_the_start_gives_the_same_bits() -> None:
     ends = [state(SSD().forget(toy_lm("llama", vocab=V), REQUEST, trainer())) for _ in range(2)]
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("name", ["iau", "influence", "fisher_forgetting"])
+def test_a_single_step_run_again_from_the_start_gives_the_same_bits(name: str) -> None:
+    ends = [state(METHODS[name]().forget(toy_lm("llama", vocab=V), REQUEST, trainer())) for _ in range(2)]
     assert same(*ends)
 
 

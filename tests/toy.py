@@ -84,3 +84,14 @@ def toy_classifier(seed: int = 0, *, features: int = 8, classes: int = 4, width:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return nn.Sequential(nn.Flatten(), nn.Linear(features, width), nn.ReLU(), nn.Linear(width, classes))
+
+
+class Double(nn.Module):
+    """Layers in float64 that read float32 features."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__()
+        self.body = nn.Sequential(*layers).double()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x.double())

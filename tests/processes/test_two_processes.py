@@ -38,6 +38,16 @@ measure: {probes: {qa: [loss]}}
 events:
   - {learn: lives, data: qa.jsonl, kind: qa}
 """
+STEPS = """
+name: steps
+model: desk:mlp-digits
+learn: {method: gradient-restriction, alpha: 0.05}
+forget: {method: iau, step: sgd, lr: 0.05}
+training: {epochs: 1, batch_size: 16, lr: 0.01, log_every: 3}
+events:
+  - {learn: low, data: {digits: {classes: [0, 1, 2]}, limit: 150}, kind: classes}
+  - {forget: some, data: {digits: {classes: [0]}, limit: 11}, retain: {digits: {classes: [1, 2]}, limit: 90}, kind: classes}
+"""
 ANSWERS = [
     "x",
     "a long answer to a short one",
@@ -58,6 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     (folder / "digits.yaml").write_text(DIGITS)
     (folder / "words.yaml").write_text(WORDS)
+    (folder / "steps.yaml").write_text(STEPS)
     save_model(toy_lm("llama", vocab=len(toy_tokenizer())), toy_tokenizer(), folder / "lm")
     rows = [{"question": f"what is {'abcdefghij'[number]}", "answer": answer} for number, answer in enumerate(ANSWERS)]
     (folder / "qa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -110,6 +121,13 @@ def test_accelerate_launch_cpu_trains_as_one_process_with_twice_the_batch(place:
     assert ended.returncode == 0, ended.stderr[-6000:]
     assert ended.stdout.split() == ["digits-two/report.html"]
     compare(place / "digits-two", alone(place / "digits.yaml", 32))
+
+
+def test_gradients_of_whole_steps_and_sets_are_those_of_one_process(place: Path) -> None:
+    """The restriction sees the gradient of the step over both processes; IAU's gradients are shared among them."""
+    ended = run(torchrun(*remanence("steps.yaml", "steps-two")), place)
+    assert ended.returncode == 0, ended.stderr[-6000:]
+    torch.testing.assert_close(weights(place / "steps-two"), weights(alone(place / "steps.yaml", 32)), rtol=0, atol=1e-5)
 
 
 def test_uneven_answers_are_averaged_over_all_tokens_of_both(words: Path) -> None:

@@ -189,6 +189,20 @@ def test_squares_of_known_layers_equal_single_backward_passes(case, rows):
     assert not any(layer._forward_hooks for layer in model.modules())
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("case", SUITED)
+def test_norms_of_known_layers_equal_single_backward_passes(case, rows, monkeypatch):
+    shape, make = SUITED[case]
+    model, batch = seeded(make), batch_of(shape, rows)
+    for room in (2**21, 2 * 8 * 72):
+        monkeypatch.setattr("remanence.training.row_gradients.CACHE_BYTES", room)
+        found = RowGradients(model, dict(model.named_parameters())).norms(lambda: row_losses(model, batch), rows)
+        for number in range(rows):
+            row = {name: value[number : number + 1] for name, value in batch.items()}
+            expected = sum(square.sum() for square in brute(model, row).values()).sqrt()
+            torch.testing.assert_close(found[number], expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize("case", ["perceptron", "convolutions", "words"])
 def test_rows_in_small_lots_give_the_same_squares(case, monkeypatch):
     shape, make = SUITED[case]

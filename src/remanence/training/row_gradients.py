@@ -1,4 +1,4 @@
-r"""Sums of squared gradients of single rows out of one ordinary pass forward and back: what a layer takes in and the gradient of what it gives out suffice.
+r"""Squared gradients of single rows, summed over rows or over weights, from one ordinary pass: a layer's inputs and the gradients of its outputs suffice.
 
 Of row b, with inputs a (T, in) and gradients of the outputs g (T, out), the weight of a linear layer has the gradient G_b = g_b^T a_b; with one position per row
 the sum over rows of its square is (g^2)^T (a^2) (Goodfellow, "Efficient Per-Example Gradient Computations", arXiv 1510.01799). A convolution is the same on its
@@ -53,14 +53,14 @@ class Use:
 
 
 class RowGradients:
-    """Compute sums of squared per-row gradients of a model's parameters by the layers that hold them.
+    """Compute squared per-row gradients of a model's parameters by the layers that hold them: their sum over rows, or each row's norm.
 
     Args:
-        model: in evaluation mode when `squares` is called.
+        model: in evaluation mode when `squares` or `norms` is called.
         chosen: the parameters by name, a tied one once.
 
     Attributes:
-        row_bytes: what one row's inputs and gradients of outputs took in the latest call of `squares`.
+        row_bytes: what one row's inputs and gradients of outputs took in the latest call.
         layers: the layers that it passed through.
 
     Raises:
@@ -88,6 +88,22 @@ class RowGradients:
         Raises:
             Unsuited: see the module's head.
         """
+        of = self._uses(losses, rows)
+        with torch.no_grad():
+            return {name: _sum_of_squares(weight, of[name], rows) for name, weight in self.chosen.items()}
+
+    def norms(self, losses: Callable[[], Float[Tensor, " B"]], rows: int) -> Float[Tensor, " B"]:
+        """Return the Euclidean norm of the gradient of each row's loss over all chosen parameters, in fp64; the arguments are those of `squares`.
+
+        Raises:
+            Unsuited: see the module's head.
+        """
+        of = self._uses(losses, rows)
+        with torch.no_grad():
+            return torch.stack([_squares_by_row(weight, of[name], rows) for name, weight in self.chosen.items()]).sum(dim=0).sqrt()
+
+    def _uses(self, losses: Callable[[], Float[Tensor, " B"]], rows: int) -> dict[str, list[tuple[Use, str, Tensor]]]:
+        """Run forward and back; return each parameter's uses, with the gradients of the outputs."""
         found: list[Use] = []
         with torch.enable_grad():
             with self._recorded(found, rows):
@@ -109,8 +125,7 @@ class RowGradients:
         for use, slope in zip(uses, slopes):
             for local, name in self.holds[use.layer].items():
                 of[name].append((use, local, slope))
-        with torch.no_grad():
-            return {name: _sum_of_squares(weight, of[name], rows) for name, weight in self.chosen.items()}
+        return of
 
     @contextlib.contextmanager
     def _recorded(self, found: list[Use], rows: int) -> Iterator[None]:
@@ -206,14 +221,38 @@ def _sum_of_squares(weight: Tensor, uses: Sequence[tuple[Use, str, Tensor]], row
         if isinstance(use.layer, nn.Embedding):
             return _embedding_squares(use.layer, use.given, slope.to(wide))
     total = torch.zeros_like(weight, dtype=wide)
+    for _, each in _gradients(weight, uses, rows, wide):
+        total += each.square_().sum(dim=0).reshape(total.shape)
+    return total
+
+
+def _squares_by_row(weight: Tensor, uses: Sequence[tuple[Use, str, Tensor]], rows: int) -> Float[Tensor, " B"]:
+    """Return each row's squared norm of the gradient of one parameter, the gradients of a row's uses added first."""
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    found = torch.zeros(rows, dtype=torch.float64, device=weight.device)
+    if len(uses) == 1:
+        use, local, slope = uses[0]
+        if local == "weight" and (single := _single_place(use, slope)) is not None:  # |g a^T|^2 = |g|^2 |a|^2
+            given, slope = (value.to(wide).square().sum(dim=1, dtype=torch.float64) for value in single)
+            return given * slope
+        if isinstance(use.layer, nn.Embedding):
+            return _embedding_squares_by_row(use.layer, use.given, slope.to(wide))
+    for here, each in _gradients(weight, uses, rows, wide):
+        found[here] = each.flatten(1).square_().sum(dim=1, dtype=torch.float64)
+    return found
+
+
+def _gradients(
+    weight: Tensor, uses: Sequence[tuple[Use, str, Tensor]], rows: int, wide: torch.dtype
+) -> Iterator[tuple[slice, Float[Tensor, "B ..."]]]:
+    """Yield places of rows and their gradients of one parameter, as many at a time as fit the cache."""
     room = CACHE_BYTES if weight.device.type == "cpu" else DEVICE_BYTES
-    step = max(1, room // (total.itemsize * max(_row_size(use.layer, use.given, local, weight) for use, local, _ in uses))) if uses else 1
+    size = torch.finfo(wide).bits // 8
+    step = max(1, room // (size * max(_row_size(use.layer, use.given, local, weight) for use, local, _ in uses))) if uses else 1
     for start in range(0, rows if uses else 0, step):
         here = slice(start, start + step)
         first, *others = (_by_row(use.layer, local, use.given[here], slope[here].to(wide)) for use, local, slope in uses)
-        each = sum(others, first)
-        total += each.square_().sum(dim=0).reshape(total.shape)
-    return total
+        yield here, sum(others, first)
 
 
 def _single_place(use: Use, slope: Tensor) -> tuple[Float[Tensor, "B I"], Float[Tensor, "B O"]] | None:
@@ -296,7 +335,20 @@ def _places(
 
 def _embedding_squares(layer: nn.Embedding, ids: Int[Tensor, "B ..."], slope: Float[Tensor, "B ... D"]) -> Float[Tensor, "V D"]:
     """Return the sum over rows of the squared gradient without a table per row: only the tokens that a row has are touched."""
+    present, by_row = _touched(layer, ids, slope)
+    return slope.new_zeros(layer.weight.shape).index_add_(0, present % layer.num_embeddings, by_row.square())
+
+
+def _embedding_squares_by_row(layer: nn.Embedding, ids: Int[Tensor, "B ..."], slope: Float[Tensor, "B ... D"]) -> Float[Tensor, " B"]:
+    present, by_row = _touched(layer, ids, slope)
+    found = torch.zeros(len(ids), dtype=torch.float64, device=slope.device)
+    return found.index_add_(0, present // layer.num_embeddings, by_row.square().sum(dim=1, dtype=torch.float64))
+
+
+def _touched(
+    layer: nn.Embedding, ids: Int[Tensor, "B ..."], slope: Float[Tensor, "B ... D"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, "n D"]]:
+    """Return the places (row V + token) that rows touch in their own tables, and the gradient at each."""
     places, slope = _places(layer, ids, slope)
     present, which = places.unique(return_inverse=True)
-    by_row = slope.new_zeros(len(present), slope.shape[-1]).index_add_(0, which, slope)
-    return slope.new_zeros(layer.weight.shape).index_add_(0, present % layer.num_embeddings, by_row.square())
+    return present, slope.new_zeros(len(present), slope.shape[-1]).index_add_(0, which, slope)

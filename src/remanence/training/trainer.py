@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -47,6 +48,7 @@ from remanence.training.processes import (
     sum_over_processes,
     world_size,
 )
+from remanence.training.scoring import walk
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -355,6 +357,30 @@ class Trainer:
                 rows = np.arange(first, min(first + size, batches.count))
                 found[first : first + len(rows)] = function(model, batches.take(rows).to(device)).to(found.dtype)
         return (found if world == 1 else sum_over_processes(found)).cpu()
+
+    def summed_gradient(self, model: nn.Module, batches: Batches, loss: Loss = nll) -> dict[str, Tensor]:
+        """Return the gradient of a loss summed over all rows for every parameter in training, at least in fp32; processes share the work.
+
+        The model is in evaluation mode, in the settings' precision, and is left as it was, `.grad` too. How the rows are batched does not matter.
+
+        Args:
+            model: any module that is not sharded.
+            batches: of the rows.
+            loss: of (model, batch), a mean that divides by `batch.rows` or `batch.tokens` alone: both are 1 here, so that it is a sum.
+        """
+        model.to(self.accelerator.device)
+        chosen = self._chosen(model, None)
+        names, weights = zip(*((name, parameter) for name, parameter in model.named_parameters() if name in chosen))
+        totals = [torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32)) for weight in weights]
+        with evaluating(model), torch.enable_grad():
+            for _, batch in islice(walk(batches, batches.size, model), rank(), None, world_size()):
+                batch._rows = batch._tokens = 1.0
+                with self._autocast():
+                    value = loss(model, batch)
+                for total, slope in zip(totals, torch.autograd.grad(value, weights, allow_unused=True)):
+                    if slope is not None:
+                        total += slope
+        return dict(zip(names, map(sum_over_processes, totals)))
 
     # The loop.
 
