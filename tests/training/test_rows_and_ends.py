@@ -36,6 +36,15 @@ def test_over_rows_is_in_the_order_of_the_rows(size: int) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_over_rows_takes_values_of_any_shape() -> None:
+    def pairs(model: nn.Module, batch: dict) -> torch.Tensor:
+        return torch.stack([losses(model, batch), batch["labels"].float()], 1)
+
+    found = Trainer().over_rows(toy_classifier(), Batches(ROWS, 4), pairs, (2,))
+    assert torch.equal(found[:, 0], Trainer().over_rows(toy_classifier(), Batches(ROWS, 4), losses))
+    assert torch.equal(found[:, 1], ROWS["labels"].double())
+
+
 def test_a_column_more_goes_with_its_row() -> None:
     batches = Batches(ROWS, 4, seed=3)
     wider = batches.with_column("number", torch.arange(11))
