@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from remanence.forget.fit import FIT
 from remanence.forget.gradient_ascent import GradientAscent
 from remanence.forget.gradient_difference import GradientDifference
 from remanence.forget.kl import AscentKL
@@ -42,6 +43,9 @@ TRAINED: dict[str, Callable[[], Any]] = {  # those that take optimizer steps
     "npo": NPO,
     "npo_kl": lambda: NPO(retain="kl"),
     "npo_alone": lambda: NPO(retain="none"),
+    "fit": FIT,
+    "fit_rlabel": lambda: FIT(algorithm="rlabel", layers=2),
+    "fit_npo_kl": lambda: FIT(algorithm="npo_kl", layers=2),
 }
 METHODS = TRAINED | {"ssd": SSD}
 NOTHING: dict[str, Callable[[], Any]] = {
