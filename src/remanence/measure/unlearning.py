@@ -130,7 +130,7 @@ def retain_utility(*, retain: float, retain_reference: float) -> float:
     return symmetric(retain, retain_reference)
 
 
-def interpolated(start: float, end: float, served: int, requests: int) -> float:
+def interpolated(start: Any, end: Any, served: int, requests: int) -> Any:
     """Return the paper's reference after `served` of all requests: on the straight line from the tuned model (0) to the retrained one (all)."""
     if not 0 <= served <= requests or requests < 1:
         raise Mistake("interpolated", f"{served} of {requests} requests", "count them from 0 to all")
