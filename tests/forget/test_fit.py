@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -115,9 +116,9 @@ def test_above_one_tau_disables_the_filter() -> None:
     assert not suspicious(vectors, torch.zeros(0, 0), 0.1).any()
     notes, event = noting()
     model, method = toy(), FIT(layers=1, tau=math.inf, eps=1e9, guard=False)
-    for request in (FIRST, SECOND):
+    for request in (FIRST, SECOND, Request("again", FIRST.forget, RETAIN)):
         method.forget(model, request, event)
-    assert notes[1]["kept"] == 2
+    assert [note["kept"] for note in notes] == [3, 2, 3]
 
 
 def test_eps_zero_keeps_every_chunk_whose_removal_changes_the_loss_at_all() -> None:
@@ -624,3 +625,50 @@ def test_adapters_on_some_layers_are_all_that_can_be_chosen() -> None:
     FIT(layers=1, algorithm="npo").forget(model, FIRST, event)
     assert notes[0]["layers"][0] in (1, 2)
     assert len(notes[0]["effects"]) == 3
+
+
+def test_a_life_of_requests_that_was_stopped_goes_on_as_if_it_had_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from remanence.ledger import Ledger
+    from remanence.life import Life
+    from remanence.models.load import save_model
+    from remanence.recipe import Recipe
+
+    save_model(toy_lm("llama", vocab=128), toy_tokenizer(128), tmp_path / "model")
+    events = [
+        {
+            "forget": f"request {number}",
+            "kind": "text",
+            "data": {"pch": {"rows": "deletions", "requests": 20}, "where": {"request": wanted}},
+            "retain": {"pch": {"rows": "retain", "requests": 20, "retained": 6}},
+        }
+        for number, wanted in enumerate((0, 1, 1, 2))
+    ]
+    tree = {
+        "name": "stream",
+        "model": str(tmp_path / "model"),
+        "forget": {"method": "fit", "layers": 1, "chunk": 16},
+        "training": {"steps": 1, "length": 64, "batch_size": 4},
+        "measure": {"probes": {"text": []}},
+        "events": events,
+    }
+
+    def life(name: str) -> Life:
+        return Recipe.of(tree).life("life", ledger=Ledger(tmp_path / f"{name}.sqlite"), folder=tmp_path / name, progress=False)
+
+    whole = life("whole")
+    whole.run()
+    stopped, live = life("stopped"), Life._live
+
+    def dies(self: Life, number: int, deed: Any) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        live(self, number, deed)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Life, "_live", dies)
+        stopped.run()
+    again = life("stopped")
+    assert same(state(again.run(resume=True)), state(whole.model))
+    notes = [json.loads(row["content"]) for row in again.ledger.rows("notes") if row["name"] == "fit"]
+    assert [note["seen"] for note in notes] == [0, 0, 1, 0]
+    assert notes == [json.loads(row["content"]) for row in whole.ledger.rows("notes") if row["name"] == "fit"]

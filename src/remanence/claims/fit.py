@@ -5,6 +5,7 @@ come again in between, three word for word and two reworded. Every request gets 
 method takes some), at each of five rates. `forget` is the share of the 90 facts of all 18 people that greedy decoding still gives (a fixed set: deleted or
 not yet), `retain` the same of every third of the 538 facts about the others and the places. After each request both are measured; a trajectory is read at the
 first crossing of forget 0.6, 0.3 and 0.1, between its points on a straight line, and each method takes its best rate at each level (`retain at 0.6`, ...).
+`so far at ...` is the other reading of equal forgetting: forget counts those deleted so far, and there are stations after 6, 12 and 18 deletions.
 
 Of the model at the end of the stream, at the rate that is best at 0.1: F.D. and R.U. against a model trained without the 18 people (arm `retrain`; halfway
 against the paper's straight line), block weights rounded to int4, and relearning: eight deleted people are taught again, `relearned n` is what comes back of the
@@ -24,9 +25,9 @@ import numpy as np
 from remanence.claims.claim import Claim, Results, Verdict
 
 PEOPLE, GONE, WORDED, REWORDED = 100, 18, (6, 11, 16), (9, 14)  # a request comes again after so many deletions
-RATES = (5e-5, 1e-4, 2e-4, 4e-4, 8e-4)
+RATES = (1e-4, 1.5e-4, 2.2e-4, 3.3e-4, 5e-4)  # on either side of every method's best, as a pilot with another seed had it
 LEVELS = (0.6, 0.3, 0.1)
-HALFWAY = 9  # deletions
+HALFWAY, STATIONS = 9, (6, 12, 18)  # deletions
 RELEARNED = (1, 5, 20, 100)
 FITS: dict[str, dict[str, Any]] = {
     "fit": {},
@@ -74,7 +75,8 @@ def town(seed: int, processor: Any) -> Town:
     gone = numpy_generator("claim fit", seed).permutation(PEOPLE)[:GONE].tolist()
     others, plain = world.without(gone), ["question", "answer"]
     retain = concatenate_datasets([others.questions().select_columns(plain), world.places().select_columns(plain)])
-    stream, deleted = [], []
+    stream: list[tuple[str, Any]] = []
+    deleted: list[int] = []
     for number, person in enumerate(gone, 1):
         stream.append((f"person {person}", world.of([person]).questions().select_columns(plain)))
         again = gone[number // 3]
@@ -90,6 +92,7 @@ def town(seed: int, processor: Any) -> Town:
     rows = {
         "forget": world.of(gone).facts(),
         "half": world.of(gone[:HALFWAY]).facts(),
+        **{f"first {count}": world.of(gone[:count]).facts() for count in STATIONS},
         "retain": _every(3, concatenate_datasets([others.facts().select_columns(plain), places.select_columns(plain)])),
         "held out": world.of(gone[8:]).facts(),
     }
@@ -132,8 +135,10 @@ def run(arm: str, seed: int) -> dict[str, float]:
         reached = ~np.isnan(best[level])
         found[f"retain at {wanted}"] = float(np.nanmax(best[level])) if reached.any() else float("nan")
         found[f"rate at {wanted}"] = RATES[int(np.nanargmax(best[level]))] if reached.any() else float("nan")
-    level = max((number for number in range(len(LEVELS)) if not np.isnan(best[number]).all()), default=None)
-    chosen = lives[len(RATES) - 1 if level is None else int(np.nanargmax(best[level]))]
+        so_far = [crossing(life["forget so far"], life["retain so far"], wanted) for life in lives]
+        found[f"so far at {wanted}"] = max((value for value in so_far if not math.isnan(value)), default=float("nan"))
+    deepest = max((number for number in range(len(LEVELS)) if not np.isnan(best[number]).all()), default=None)
+    chosen = lives[len(RATES) - 1 if deepest is None else int(np.nanargmax(best[deepest]))]
     model = chosen["model"]
     found |= {f"knowledge {name}": here.knowledge(model, name) for name in ("forget", "retain")}
     found |= {f"halfway {name}": here.knowledge(chosen["halfway"], name) for name in ("half", "retain")}
@@ -156,9 +161,10 @@ def _live(arm: str, rate: float, model: Any, here: Town) -> dict[str, Any]:
     from remanence.training.trainer import Settings, Trainer
 
     settings = Settings(epochs=3, batch_size=10, lr=rate, beta2=0.95, weight_decay=0.1)
-    method, notes = _method(arm), []
+    method = _method(arm)
+    notes: list[dict[str, Any]] = []
     found: dict[str, Any] = {name: [here.known(model, name)] for name in ("forget", "retain")}
-    found |= {"updates": 0, "untouched": 0, "reworded": 0}
+    found |= {"updates": 0, "untouched": 0, "reworded": 0, "forget so far": [1.0], "retain so far": [found["retain"][0]]}
     for number, (name, rows) in enumerate(here.stream):
         before = [weight.detach().clone() for weight in model.parameters()]
         trainer = Trainer(
@@ -175,8 +181,13 @@ def _live(arm: str, rate: float, model: Any, here: Town) -> dict[str, Any]:
         found["reworded"] += same and name.endswith("words")
         for part in ("forget", "retain"):
             found[part].append(here.known(model, part))
-        if here.deleted[number] == HALFWAY and (number + 1 == len(here.stream) or here.deleted[number + 1] > HALFWAY):
+        if number + 1 < len(here.stream) and here.deleted[number + 1] == here.deleted[number]:
+            continue  # a request that comes again follows
+        if here.deleted[number] == HALFWAY:
             found["halfway"] = copy.deepcopy(model)
+        if here.deleted[number] in STATIONS:
+            found["forget so far"].append(here.known(model, f"first {here.deleted[number]}"))
+            found["retain so far"].append(found["retain"][-1])
     chosen = [note["algorithm"] for note in notes if "algorithm" in note]
     return found | {"model": model, "tiers": {name: chosen.count(name) for name in ("rlabel", "npo", "npo_kl")} if chosen else {}}
 
@@ -184,12 +195,36 @@ def _live(arm: str, rate: float, model: Any, here: Town) -> dict[str, Any]:
 def _method(arm: str) -> Any:
     from remanence.forget.fit import FIT
     from remanence.forget.gradient_ascent import GradientAscent
-    from remanence.forget.npo import NPO
 
     if arm in FITS:
         options: dict[str, Any] = {"layers": 2, "encoder": "sentence"} | FITS[arm]
         return FIT(**options)
-    return {"gradient ascent": GradientAscent(), "npo": NPO(retain="none"), "npo+kl": NPO(retain="kl")}[arm]
+    return GradientAscent() if arm == "gradient ascent" else SequentialNPO(arm == "npo+kl")
+
+
+class SequentialNPO:
+    """NPO on all weights, request after request, with the model before the first one as the reference, as the paper's baseline has it."""
+
+    def __init__(self, kl: bool):
+        self.kl = kl
+        self.theta_0: Any = None
+
+    def forget(self, model: Any, request: Any, trainer: Any) -> Any:
+        """Take the steps of one request."""
+        from remanence.training.preference import npo_loss, summed_nll
+        from remanence.training.reference import frozen_copy, mean_kl
+
+        self.theta_0 = self.theta_0 or frozen_copy(model)
+        forget = trainer.batches(request.forget, request.kind, stream="forget")
+        forget = forget.with_column("reference_nll", trainer.over_rows(self.theta_0, forget, summed_nll))
+        pairs = trainer.pairs(forget, trainer.batches(request.retain, request.kind, stream="retain") if self.kl else None)
+
+        def loss(model: Any, batch: Any) -> Any:
+            rows = batch["forget"]
+            value = npo_loss(summed_nll(model, rows), rows["reference_nll"], 0.1).sum() / rows.rows
+            return value + mean_kl(model, self.theta_0, batch["retain"]) if self.kl else value
+
+        return trainer.fit(model, pairs, loss, steps=trainer.steps_for(pairs))
 
 
 def crossing(forget: list[float], retain: list[float], level: float) -> float:
@@ -282,14 +317,19 @@ def degrees(results: Results, arm: str) -> dict[str, np.ndarray]:
 def judge(results: Results) -> Verdict:
     """Hold the sheet's threshold against the numbers."""
 
-    def at(arm: str, level: float) -> np.ndarray:
-        return results[arm, f"retain at {level}"]
+    def at(arm: str, level: float, reading: str = "retain") -> np.ndarray:
+        return results[arm, f"{reading} at {level}"]
 
-    def shown(arm: str) -> str:
-        return f"{arm} " + "/".join("never" if np.isnan(at(arm, level)).all() else f"{np.nanmean(at(arm, level)):.2f}" for level in LEVELS)
+    def shown(arm: str, reading: str = "retain") -> str:
+        found = [at(arm, level, reading) for level in LEVELS]
+        return f"{arm} " + "/".join("never" if np.isnan(values).all() else f"{np.nanmean(values):.2f}" for values in found)
+
+    def wins(over: str, reading: str) -> int:
+        mine, theirs = (np.nan_to_num(at(arm, 0.1, reading), nan=-1) for arm in ("fit", over))
+        return int((mine > theirs).sum())
 
     served = [arm for arm in results.arms if arm != "retrain"]
-    wins = {arm: int((np.nan_to_num(at("fit", 0.1), nan=-1) > np.nan_to_num(at(arm, 0.1), nan=-1)).sum()) for arm in served}
+    readings, count = ("retain", "so far"), len(results.seeds)
     scores = {arm: degrees(results, arm) for arm in served}
     untouched = results["fit", "untouched"]
     useful = [arm for arm in served if scores[arm]["R.U."].mean() > 0.5]
@@ -298,10 +338,11 @@ def judge(results: Results) -> Verdict:
         return f"{arm} " + "/".join(f"{results.mean(arm, f'relearned {step}'):.2f}" for step in (0, *RELEARNED))
 
     reasons = (
-        f"at forget 0.1 FIT keeps more than gradient ascent in {wins['gradient ascent']} and than NPO in {wins['npo']} of {len(results.seeds)} seeds "
-        "(falsified below 2 in either)",
+        f"at forget 0.1 FIT keeps more than gradient ascent in {wins('gradient ascent', 'retain')} and than NPO in {wins('npo', 'retain')} of {count} seeds; "
+        f"forget counted over those deleted so far, in {wins('gradient ascent', 'so far')} and {wins('npo', 'so far')} (falsified below 2 in either)",
         "retained at forget 0.6/0.3/0.1, best rate of each: " + "; ".join(shown(arm) for arm in ("fit", *BASELINES)),
-        f"against NPO+KL at 0.1: more in {wins['npo+kl']} of {len(results.seeds)} seeds (no claim: the sheet's pilot saw a tie or a loss)",
+        "the same over those deleted so far: " + "; ".join(shown(arm, "so far") for arm in ("fit", *BASELINES)),
+        f"against NPO+KL at 0.1: more in {wins('npo+kl', 'retain')} of {count} seeds, so far in {wins('npo+kl', 'so far')} (no claim: a pilot tied or lost)",
         "one part switched off: " + "; ".join(shown(arm) for arm in list(FITS)[1:]),
         f"requests that come again word for word leave every bit of the weights as it was: {untouched.mean():.1f} of {len(WORDED)} per seed "
         f"(claimed: all); reworded ones: {results.mean('fit', 'reworded'):.1f} of {len(REWORDED)}; updates {results.mean('fit', 'updates'):.0f} "
@@ -317,16 +358,18 @@ def judge(results: Results) -> Verdict:
         f"tiers that FIT chose, of {results.mean('fit', 'updates'):.0f}: "
         + ", ".join(f"{results.mean('fit', f'tier {name}'):.1f} {name}" for name in ("rlabel", "npo", "npo_kl")),
     )
-    if min(wins["gradient ascent"], wins["npo"]) < 2:
+    better = [min(wins(arm, reading) for arm in ("gradient ascent", "npo")) >= 2 for reading in readings]
+    if not any(better):
         return Verdict("does not hold", reasons)
-    return Verdict("holds" if (untouched == len(WORDED)).all() else "mixed", reasons)
+    return Verdict("holds" if all(better) and (untouched == len(WORDED)).all() else "mixed", reasons)
 
 
 CLAIM = Claim(
     slug="fit",
     title="FIT: Defying Catastrophic Forgetting in Continual LLM Unlearning (arXiv 2601.21682)",
     sentence="Over a stream of 18 deletions and 5 requests that come again, FIT at its best rate retains more than sequential gradient ascent and sequential NPO "
-    "at theirs when 10 % of what was to go is left, in at least 2 of 3 seeds, and a request that comes again word for word changes no weight. Falsified otherwise.",
+    "at theirs when 10 % of what was to go is left, in at least 2 of 3 seeds (in both readings of what was to go: all 18 people, or those deleted so far), and a "
+    "request that comes again word for word changes no weight. Falsified if it does in neither reading.",
     arms=ARMS,
     run=run,
     judge=judge,
@@ -339,6 +382,7 @@ CLAIM = Claim(
         "retain at 0.3",
         "retain at 0.1",
         "rate at 0.1",
+        "so far at 0.1",
         "forget",
         "retain",
         "updates",

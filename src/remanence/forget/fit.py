@@ -136,7 +136,7 @@ class FIT:
         if fingerprint(model) != self.marks:  # the first request, or one after which something else has changed the model
             self._begin(model)
         theta_0, hashes = self._theta_0(model).to(trainer.accelerator.device), self._hashes(request)
-        fresh = [number for number, key in enumerate(hashes) if not self.records.get(key, False)]
+        fresh = [number for number, key in enumerate(hashes) if self.tau == math.inf or not self.records.get(key, False)]
         chunks = cut_rows(request.forget.select(fresh), request.kind, self.chunk)
         encode = Encoder(theta_0, trainer.processor) if self.encoder == "self" else load_encoder(self.encoder)
         vectors = encode(chunks.texts) if fresh else torch.zeros(0, 0)
