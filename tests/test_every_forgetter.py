@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from remanence.forget.dpo import DPO
 from remanence.forget.fine_tune import FineTune
 from remanence.forget.fisher_forgetting import FisherForgetting
+from remanence.forget.fit import FIT
 from remanence.forget.gradient_ascent import GradientAscent
 from remanence.forget.gradient_difference import GradientDifference
 from remanence.forget.iau import IAU
@@ -61,6 +62,9 @@ TRAINED: dict[str, Callable[[], Any]] = {  # those that take optimizer steps
     "melu": lambda: MELU(strategy="cyclic"),
     "melu_random": lambda: MELU(GradientDifference(), strategy="one_to_one_random"),
     "fine_tune": FineTune,
+    "fit": FIT,
+    "fit_rlabel": lambda: FIT(algorithm="rlabel", layers=2),
+    "fit_npo_kl": lambda: FIT(algorithm="npo_kl", layers=2),
 }
 METHODS = TRAINED | {"ssd": SSD}
 METHODS |= {

@@ -272,6 +272,16 @@ ENTRIES: tuple[Entry, ...] = (
     ),
     Entry("fine-tune", "forget", "forget.fine_tune:FineTune", "baseline", "Train on the retain set alone and hope that the rest fades."),
     Entry(
+        "fit",
+        "forget",
+        "forget.fit:FIT",
+        "local weights",
+        "Long streams of requests: filter what was deleted before, pick the loss by importance, train few layers.",
+        "FIT: Defying Catastrophic Forgetting in Continual LLM Unlearning, Xu et al. 2026",
+        "2601.21682",
+        "fit",
+    ),
+    Entry(
         "ssd",
         "forget",
         "forget.ssd:SSD",
@@ -330,6 +340,14 @@ ENTRIES: tuple[Entry, ...] = (
         "measure.gradient_norms:GradientNorms",
         "probe",
         "Norm of every row's gradient: the tail that deletions meet.",
+    ),
+    Entry(
+        "knowledge",
+        "measure",
+        "measure.unlearning:Knowledge",
+        "probe",
+        "What is still known of deleted rows: probability, ROUGE-L of the greedy answer, token accuracy, and their geometric mean.",
+        kinds=("qa",),
     ),
     Entry("accuracy", "measure", "measure.accuracy:Accuracy", "probe", "Share of rows whose class is right.", kinds=("classes", "images")),
 )

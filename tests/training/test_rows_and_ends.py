@@ -73,6 +73,15 @@ def test_a_summed_gradient_of_a_language_model_is_that_of_its_tokens(size: int) 
         torch.testing.assert_close(found[name], weight.grad, rtol=1e-9, atol=1e-12)
 
 
+def test_over_rows_takes_values_of_any_shape() -> None:
+    def pairs(model: nn.Module, batch: dict) -> torch.Tensor:
+        return torch.stack([losses(model, batch), batch["labels"].float()], 1)
+
+    found = Trainer().over_rows(toy_classifier(), Batches(ROWS, 4), pairs, (2,))
+    assert torch.equal(found[:, 0], Trainer().over_rows(toy_classifier(), Batches(ROWS, 4), losses))
+    assert torch.equal(found[:, 1], ROWS["labels"].double())
+
+
 def test_a_column_more_goes_with_its_row() -> None:
     batches = Batches(ROWS, 4, seed=3)
     wider = batches.with_column("number", torch.arange(11))

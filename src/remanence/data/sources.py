@@ -8,6 +8,7 @@
     data: {digits: {classes: [0, 1], part: test}}
     data: {mnist: {classes: [3]}, shuffle: 7, split: {train: 0.9}}
     data: {pythondocs: {characters: 200000}}
+    data: {pch: {rows: deletions}, where: {request: 12}}           # kind text or qa
     data: [old.jsonl, {file: new.jsonl, limit: 100}]               # one after the other, with the columns that they share
 
 Modifiers act in this order: `where`, `except`, `shuffle` (a seed), `split` (`{train: 0.9}` keeps the first 90 %, `{test: 0.1}` the
@@ -27,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from remanence.data.biographies import Biographies
 from remanence.data.digits import digits, in_classes
 from remanence.data.neighbourhoods import neighbourhood
+from remanence.data.pch import PCH
 from remanence.data.pythondocs import pythondocs
 from remanence.data.readers import read_rows
 from remanence.errors import Mistake, nearest
@@ -104,6 +106,16 @@ class PythondocsClause(_Clause):
     part: Literal["train", "test"] = "train"
 
 
+class PCHClause(_Clause):
+    """Arguments of `PCH`, and which rows: everything (to be taught), deletions (one per request), retain; text, or question and answer."""
+
+    requests: int = 300
+    retained: int = 300
+    again: float = 0.35
+    seed: int = 0
+    rows: Literal["everything", "deletions", "retain"] = "everything"
+
+
 class Split(_Clause):
     """Which end of the rows to keep, and how much of them."""
 
@@ -119,6 +131,7 @@ class Source(_Clause):
     digits: DigitsClause | None = None
     mnist: MnistClause | None = None
     pythondocs: PythondocsClause | None = None
+    pch: PCHClause | None = None
     columns: dict[str, str] | None = None
     where: Cells = {}
     except_: Cells = Field({}, alias="except")
@@ -133,11 +146,12 @@ NESTED: dict[str, type[_Clause]] = {
     "digits": DigitsClause,
     "mnist": MnistClause,
     "pythondocs": PythondocsClause,
+    "pch": PCHClause,
     "split": Split,
     "neighbours_of": People,
     "neighbourhood": NeighbourhoodClause,
 }
-SOURCES = ("file", "biographies", "digits", "mnist", "pythondocs")
+SOURCES = ("file", "biographies", "digits", "mnist", "pythondocs", "pch")
 
 
 def check_source(spec: Any, *, place: str = "data", kind: str | None = None) -> list[Source]:
@@ -167,7 +181,8 @@ def guess_kind(spec: Any, *, folder: str | Path = ".", place: str = "data") -> s
     source = check_source(spec, place=place)[0]
     if source.file is None:
         rows = source.biographies.rows if source.biographies is not None else None
-        return "text" if source.pythondocs is not None or rows == "statements" else "qa" if source.biographies is not None else "classes"
+        text = source.pythondocs is not None or source.pch is not None or rows == "statements"
+        return "text" if text else "qa" if source.biographies is not None else "classes"
     said: list[str] = []
     for kind in ("qa", "chat", "classes", "images", "text"):
         try:
@@ -287,7 +302,7 @@ def _check_kind(source: Source, kind: str, place: str) -> None:
         raise Mistake(place, f"unknown kind '{kind}'", nearest(kind, COLUMNS))
     if source.file is not None:
         return
-    given = {"digits": "classes", "mnist": "classes", "pythondocs": "text"}
+    given = {"digits": "classes", "mnist": "classes", "pythondocs": "text", "pch": "qa" if kind == "qa" else "text"}
     name = next(name for name in SOURCES if getattr(source, name) is not None)
     if source.biographies is not None:
         rows, near = source.biographies.rows, source.biographies.neighbours_of
@@ -322,6 +337,8 @@ def _rows_of(source: Source, kind: str, place: str, folder: Path) -> Dataset:
         return digits(source.digits.part, source.digits.classes)
     if source.mnist is not None:
         return _mnist(source.mnist, place, folder)
+    if source.pch is not None:
+        return getattr(PCH(**source.pch.model_dump(exclude={"rows"})), source.pch.rows)()
     assert source.pythondocs is not None  # check_source found exactly one source
     return pythondocs(source.pythondocs.characters, source.pythondocs.part)
 

@@ -49,7 +49,7 @@ _BY_NAME = {  # end of the module's name -> role
     r"lm_head|embed_out": "head",
 }
 _RULES = [(re.compile(rf"(?:^|\.)(?:{pattern})$"), role) for pattern, role in _BY_NAME.items()]
-_LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
+LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")
 _WRAPPERS = re.compile(
     r"_orig_mod\.|^module\.|^base_model\.model\.|\.base_layer(?=\.)|\.original_module(?=\.)|\.modules_to_save\.\w+(?=\.)"
 )
@@ -109,7 +109,7 @@ def weights_by_role(model: nn.Module, *, strict: bool | None = None) -> list[Wei
             role = "head" if [holder] == last else "norm" if _is_norm(modules[holder]) else "other"
             unknown.append(re.sub(r"\.\d+\.", ".*.", plain.rpartition(".")[0] or plain))
         lora = match.group(1) if (match := _LORA.search(name)) else ""
-        layer = int(match.group(1)) if (match := _LAYER.search(plain)) else None
+        layer = int(match.group(1)) if (match := LAYER.search(plain)) else None
         counted = {"key": key_heads, "value": key_heads, "query": heads, "qkv": heads, "output": heads}.get(role)
         kind = "bias" if name.endswith("bias") else "weight"
         axis = 1 if kind == "weight" and not lora and _is_transposed(modules[holder]) else 0

@@ -338,20 +338,21 @@ class Trainer:
             parameter.grad = grad
         return found
 
-    def over_rows(self, model: nn.Module, batches: Batches, function: Loss) -> Tensor:
-        """Return a function's value for every row, float64 (N,) on the CPU in the order of the rows; processes share the work.
+    def over_rows(self, model: nn.Module, batches: Batches, function: Loss, shape: tuple[int, ...] = ()) -> Tensor:
+        """Return a function's value for every row, float64 (N, *shape) on the CPU in the order of the rows; processes share the work.
 
         The model is in evaluation mode, without gradients, in the settings' precision, and is left as it was.
 
         Args:
             model: any module.
             batches: of the rows.
-            function: of (model, batch), gives (B,).
+            function: of (model, batch), gives (B, *shape).
+            shape: of the value of one row.
         """
         device, size = self.accelerator.device, batches.size
         world, turn = (1, 0) if is_sharded(model) else (world_size(), rank())  # a sharded model runs in all processes at once
         model.to(device)
-        found = torch.zeros(batches.count, dtype=torch.float64, device=device)
+        found = torch.zeros(batches.count, *shape, dtype=torch.float64, device=device)
         with evaluating(model), self._autocast():
             for first in range(turn * size, batches.count, world * size):
                 rows = np.arange(first, min(first + size, batches.count))
@@ -595,15 +596,15 @@ def make_optimizer(settings: Settings, parameters: list[nn.Parameter]) -> torch.
     return torch.optim.AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=fused)
 
 
-def make_schedule(settings: Settings, steps: int) -> Callable[[int], float]:
-    """Return the multiplier of the rate for each step from 0: (n+1)/warmup inside the warm-up, then the schedule's curve."""
+def make_schedule(settings: Settings, steps: int, floor: float = 0.0) -> Callable[[int], float]:
+    """Return the multiplier of the rate for each step from 0: (n+1)/warmup inside the warm-up, then the schedule's curve, ending at `floor` where it would at 0."""
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * steps
     curve = SCHEDULES[settings.schedule]
 
     def multiplier(number: int) -> float:
         if number < warmup:
             return min(1.0, (number + 1) / warmup)
-        return curve((number - warmup) / max(1.0, steps - warmup))
+        return floor + (1 - floor) * curve((number - warmup) / max(1.0, steps - warmup))
 
     return multiplier
 
