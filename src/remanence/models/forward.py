@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -44,6 +46,16 @@ def vocabulary(model: nn.Module) -> int:
         raise TypeError(f"{type(core).__name__} is not a language model")
     head = core.get_output_embeddings()
     return head.weight.shape[0] if head is not None else core.config.get_text_config().vocab_size
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Say whether the model can be asked for the logits of some time steps alone (`logits_to_keep`)."""
+    return _takes(type(unwrapped(model)).forward, "logits_to_keep")
+
+
+@functools.cache
+def _takes(function: Callable[..., Any], argument: str) -> bool:
+    return argument in inspect.signature(function).parameters
 
 
 def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
