@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from objectives import COUNTS, LABELS, TOKENIZER, Spy, Table, check_slope, lm, moved, objective, widened
 from remanence.errors import Mistake
 from remanence.forget.ceu import CEU
 from remanence.forget.gradient_ascent import GradientAscent
@@ -42,9 +43,8 @@ from remanence.training.unlearning import (
     wga_loss,
     without_first,
 )
-from toy import toy_lm, toy_tokenizer
+from toy import toy_lm
 
-TOKENIZER = toy_tokenizer()
 V = len(TOKENIZER)
 FORGET = Dataset.from_dict({"question": [f"who is {'a' * n}" for n in range(1, 6)], "answer": ["xyzw"[: n % 3 + 1] for n in range(5)]})
 RETAIN = Dataset.from_dict({"question": [f"what is {n}" for n in range(7)], "answer": ["b" * (n % 4 + 1) for n in range(7)]})
@@ -62,36 +62,6 @@ ALL = [
     RandomLabel(**F),
     RandomLabel("retain", ascent=0.4, **F),
 ]
-
-
-class Spy(Trainer):
-    """Catches what a method would fit."""
-
-    caught: tuple[Any, Any, dict[str, Any]]
-
-    def fit(self, model: nn.Module, batches: Any, loss: Any = nll, **more: Any) -> nn.Module:
-        self.caught = (batches, loss, more)
-        return model
-
-
-def lm(seed: int = 0) -> Any:
-    return toy_lm("gpt2", seed=seed, vocab=V, dtype=torch.float64)  # not llama, whose norms round to fp32
-
-
-def objective(method: Any, model: nn.Module, request: Request = REQUEST, **settings: Any) -> tuple[Batch, Any]:
-    """The first batch and the loss that the method would fit on the model as it is now."""
-    spy = Spy(Settings(**({"batch_size": 4} | settings)), processor=TOKENIZER, seed=3)
-    assert method.forget(model, request, spy) is model
-    return spy.caught[0][0], spy.caught[1]
-
-
-def moved(model: nn.Module, size: float = 0.05) -> nn.Module:
-    """The model after a random step."""
-    noise = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += size * torch.randn(parameter.shape, generator=noise, dtype=parameter.dtype)
-    return model
 
 
 def answers(model: nn.Module, batch: Batch) -> list[list[tuple[int, list[float]]]]:
@@ -160,7 +130,7 @@ def by_hand(method: Any, model: nn.Module, before: nn.Module, batch: Batch) -> f
 def test_objective_equals_the_published_formula_token_by_token(method: Any) -> None:
     model = lm()
     before = copy.deepcopy(model)
-    batch, loss = objective(method, model)
+    batch, loss = objective(method, model, REQUEST)
     moved(model)
     value = 0.7 * by_hand(method, model, before, batch) + 1.3 * each(answers(model, batch["retain"]), token_nll)
     if isinstance(method, PDU):
@@ -175,7 +145,7 @@ def test_objective_equals_the_published_formula_token_by_token(method: Any) -> N
 
 def test_undial_with_beta_zero_has_no_gradient_at_the_start() -> None:
     model = lm()
-    batch, loss = objective(UNDIAL(0.0), model)
+    batch, loss = objective(UNDIAL(0.0), model, REQUEST)
     loss(model, batch).backward()
     assert max(parameter.grad.abs().max().item() for parameter in model.parameters()) < 1e-12
 
@@ -197,7 +167,7 @@ def test_undial_lowers_the_true_token_alone_and_by_what_its_target_says() -> Non
 def test_kl_retain_term_is_zero_at_the_start() -> None:
     for method in (SimNPO(gamma=0.0, retain="kl"), RandomLabel(gamma=0.0, retain="kl"), UNDIAL(gamma=0.0, retain="kl")):
         model = lm()
-        batch, loss = objective(method, model)
+        batch, loss = objective(method, model, REQUEST)
         assert abs(loss(model, batch).item()) < 1e-14
 
 
@@ -228,7 +198,7 @@ def gradient(loss: Tensor, model: nn.Module) -> list[Tensor]:
 @pytest.mark.parametrize("method", [WGA(0.0, retain="none"), SatImp(0.0, 0.0, gamma=1.0, retain="none")], ids=repr)
 def test_weights_of_exponent_zero_are_gradient_ascent(method: Any) -> None:
     model = lm()
-    batch, loss = objective(method, model)
+    batch, loss = objective(method, model, REQUEST)
     moved(model)
     assert loss(model, batch).item() == pytest.approx(-nll(model, batch["forget"]).item(), rel=1e-12)
     for one, other in zip(gradient(loss(model, batch), model), gradient(-nll(model, batch["forget"]), model), strict=True):
@@ -250,7 +220,7 @@ def test_simnpo_ignores_the_reference() -> None:
     losses = []
     for start in (0, 5):
         model = lm(start)
-        batch, loss = objective(SimNPO(retain="none"), model)
+        batch, loss = objective(SimNPO(retain="none"), model, REQUEST)
         model.load_state_dict(lm(8).state_dict())
         losses.append(loss(model, batch).item())
     assert losses[0] == losses[1]
@@ -258,7 +228,7 @@ def test_simnpo_ignores_the_reference() -> None:
 
 def test_simnpo_with_beta_to_zero_has_the_gradient_of_ascent_on_the_mean_nll_of_each_row() -> None:
     model = lm()
-    batch, loss = objective(SimNPO(1e-9, gamma=1.0, retain="none"), model)
+    batch, loss = objective(SimNPO(1e-9, gamma=1.0, retain="none"), model, REQUEST)
     moved(model)
     length = (batch["forget"]["labels"][:, 1:] != IGNORED).sum(1)
     ascent = -(summed_nll(model, batch["forget"]) / length).mean()
@@ -273,7 +243,7 @@ def test_npo_with_beta_to_zero_has_the_gradient_of_ascent() -> None:
 
 
 def test_npo_is_two_over_beta_log_two_at_the_start() -> None:
-    batch, loss = objective(NPO(beta=0.2, retain="none"), model := lm())
+    batch, loss = objective(NPO(beta=0.2, retain="none"), model := lm(), REQUEST)
     assert loss(model, batch).item() == pytest.approx(10 * math.log(2), rel=1e-12)
 
 
@@ -305,37 +275,12 @@ def test_gradients_of_the_pure_losses_agree_with_finite_differences() -> None:
 @pytest.mark.parametrize("method", [m for m in ALL if not isinstance(m, WGA | SatImp | CEU)], ids=repr)
 def test_gradient_of_the_objective_agrees_with_finite_differences(method: Any) -> None:
     model = lm()
-    batch, loss = objective(method, model)
+    batch, loss = objective(method, model, REQUEST)
     moved(model)
-    parameters = list(model.parameters())
-    slopes = torch.autograd.grad(loss(model, batch), parameters)
-    noise = torch.Generator().manual_seed(4)
-    way = [torch.randn(parameter.shape, generator=noise, dtype=parameter.dtype) for parameter in parameters]
-    values = []
-    for side in (1, -2):
-        with torch.no_grad():
-            for parameter, direction in zip(parameters, way):
-                parameter += side * 1e-6 * direction
-            values.append(loss(model, batch).item())
-    expected = sum((slope * direction).sum().item() for slope, direction in zip(slopes, way))
-    assert (values[0] - values[1]) / 2e-6 == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    check_slope(model, batch, loss)
 
 
 # What does not count.
-
-
-class Table(nn.Module):
-    """Logits that are parameters, so that a gradient shows which positions count."""
-
-    def __init__(self, seed: int, wide: int = 8):
-        super().__init__()
-        self.logits = nn.Parameter(torch.randn(2, 5, wide, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.logits
-
-
-LABELS = torch.tensor([[IGNORED, IGNORED, 3, 4, 1], [IGNORED, 5, 1, IGNORED, IGNORED]])
 
 
 @pytest.mark.parametrize("name", ["simnpo", "wga", "satimp", "ceu", "undial", "pdu", "drawn"])
@@ -354,23 +299,16 @@ def test_prompt_and_padding_contribute_nothing(name: str) -> None:
     losses[name]().sum().backward()
     assert table.logits.grad is not None
     counts = table.logits.grad.abs().sum(-1) > 0  # (B, T)
-    assert counts.tolist() == [[False, True, True, True, False], [True, True, False, False, False]]
+    assert counts.tolist() == COUNTS
     assert old.logits.grad is None
 
 
 @pytest.mark.parametrize("method", ALL, ids=repr)
 def test_wider_padding_changes_nothing(method: Any) -> None:
     model = lm()
-    batch, loss = objective(method, model)
+    batch, loss = objective(method, model, REQUEST)
     moved(model)
-
-    def widened(part: Batch) -> Batch:
-        fill = {"input_ids": TOKENIZER.pad_token_id, "labels": IGNORED}
-        pad = {name: torch.full((len(part["labels"]), 6), value) for name, value in fill.items()}
-        return Batch({name: torch.cat([value, pad[name]], 1) for name, value in part.items()})
-
-    wide = Batch({name: widened(part) for name, part in batch.items()})
-    assert loss(model, wide).item() == pytest.approx(loss(model, batch).item(), rel=1e-10)
+    assert loss(model, widened(batch)).item() == pytest.approx(loss(model, batch).item(), rel=1e-10)
 
 
 # Pitfalls of the field's code.
@@ -409,13 +347,13 @@ def test_ceu_leaves_out_the_first_answer_token_before_tokens_are_counted() -> No
     assert without_first(LABELS, 1).tolist() == [[IGNORED, IGNORED, IGNORED, 4, 1], [IGNORED, IGNORED, 1, IGNORED, IGNORED]]
     assert torch.equal(without_first(LABELS, 0), LABELS)
     assert (without_first(torch.tensor([[7, 8, 9]]), 1) == torch.tensor([[7, IGNORED, 9]])).all()  # nothing predicts the 7
-    batch, _ = objective(CEU(), lm())
-    whole, _ = objective(CEU(0), lm())
+    batch, _ = objective(CEU(), lm(), REQUEST)
+    whole, _ = objective(CEU(0), lm(), REQUEST)
     assert batch["forget"].own_tokens() == whole["forget"].own_tokens() - 4
 
 
 def test_ceu_of_a_step_in_which_nothing_is_left_is_zero_not_nan() -> None:
-    batch, loss = objective(CEU(99), model := lm())
+    batch, loss = objective(CEU(99), model := lm(), REQUEST)
     assert loss(model, batch).item() == 0.0
 
 
@@ -489,15 +427,15 @@ def said(batch: Batch) -> list[str]:
 
 def test_a_refusal_is_the_rows_own_or_drawn_from_the_sentences() -> None:
     own = Request("own", FORGET.add_column("idk", [f"no {n}" for n in range(5)]), RETAIN)
-    assert sorted(said(objective(Refusal(), lm(), own, batch_size=5)[0]["forget"])) == [f"no {n}" for n in range(5)]
+    assert sorted(said(objective(Refusal(), lm(), own, size=5)[0]["forget"])) == [f"no {n}" for n in range(5)]
     assert set(said(objective(Refusal(("nope",)), lm(), own)[0]["forget"])) == {"nope"}
-    drawn = said(objective(Refusal(), lm(), batch_size=5)[0]["forget"])
+    drawn = said(objective(Refusal(), lm(), REQUEST, size=5)[0]["forget"])
     assert set(drawn) <= {sentence.lower() for sentence in SENTENCES}  # the toy tokenizer lowers the case
-    assert drawn == said(objective(Refusal(), lm(1), batch_size=5)[0]["forget"])
+    assert drawn == said(objective(Refusal(), lm(1), REQUEST, size=5)[0]["forget"])
 
 
 def test_a_refusal_answers_the_forget_questions() -> None:
-    batch, _ = objective(Refusal(("nope",)), lm(), batch_size=5)
+    batch, _ = objective(Refusal(("nope",)), lm(), REQUEST, size=5)
     whole = [TOKENIZER.decode(ids, skip_special_tokens=True).strip() for ids in batch["forget"]["input_ids"]]
     assert sorted(whole) == sorted(f"q: {question}\na: nope" for question in FORGET["question"])
 
@@ -546,7 +484,7 @@ def test_random_answers_belong_to_retain_rows() -> None:
     rows = mismatched(REQUEST, torch.Generator().manual_seed(0))
     assert rows["question"][:] == FORGET["question"][:]
     assert set(rows["answer"]) <= set(RETAIN["answer"])
-    batch, _ = objective(RandomLabel("retain", ascent=1.0), lm(), batch_size=5)
+    batch, _ = objective(RandomLabel("retain", ascent=1.0), lm(), REQUEST, size=5)
     questions = [[TOKENIZER.decode(ids).split("\n")[0] for ids in batch[part]["input_ids"]] for part in ("forget", "right")]
     assert questions[0] == questions[1]
     assert sorted(said(batch["right"])) == sorted(FORGET["answer"])
