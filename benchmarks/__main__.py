@@ -1,4 +1,4 @@
-"""Run benchmarks and print their figures: `python -m benchmarks [loop] [fisher] [replay] [dampening] [--threads N] [--save]`."""
+"""Run benchmarks and print their figures: `python -m benchmarks [loop] [fisher] [replay] [dampening] [npo_openunlearning] [--threads N] [--save]`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.timing import Figure, machine
 
-NAMES = ("loop", "fisher", "replay", "dampening")
+NAMES = ("loop", "fisher", "replay", "dampening", "npo_openunlearning")
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 

@@ -63,3 +63,10 @@ def test_an_unknown_benchmark_is_refused(capsys) -> None:
         command.main(["lop"])
     assert error.value.code == 2
     assert "no benchmark 'lop'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_same_threads")
+def test_the_benchmark_of_npo_names_the_variable_that_is_not_set(monkeypatch) -> None:
+    monkeypatch.delenv("OPEN_UNLEARNING", raising=False)
+    with pytest.raises(SystemExit, match="OPEN_UNLEARNING is not set; set it to a checkout of https://github.com/locuslab/open-unlearning"):
+        command.main(["npo_openunlearning", "--tiny"])

@@ -14,7 +14,7 @@ Objective: L = gamma L_SimNPO(D_f) + alpha R(D_r), L_SimNPO = -(2/beta) E log si
 | margin gamma | beta * delta | scalar | delta 0 |
 | weight of the forget term, of the retain term | gamma, alpha | scalars | 0.125, 1 |
 
-Differs from the paper: nothing; defaults are those of its TOFU runs. Steps and rate are the trainer's; an epoch is a pass over the forget rows.
+Differs from the paper: nothing; the defaults are those of its run on TOFU forget10 (forget05: beta 2.5, gamma 0.1375). Steps and rate are the trainer's; an epoch is a pass over the forget rows.
 Cost: two forward and backward passes per step, no second model (retain: kl holds a copy of the trained parameters).
 """
 
