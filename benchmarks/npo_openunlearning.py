@@ -27,7 +27,7 @@ from datasets import Dataset
 from torch import nn
 
 from benchmarks.loop import desk_llama
-from benchmarks.timing import Figure, figure, paired
+from benchmarks.timing import Figure, PeerMissing, figure, paired
 from remanence.forget.npo import NPO
 from remanence.models.adapters import add_lora
 from remanence.stream import Request
@@ -40,11 +40,15 @@ ANSWER, QUESTION = 40, 24  # words, about those of TOFU
 
 
 def peer_loss() -> Any:
-    """Return OpenUnlearning's `NPO` class, without what its package imports beside it (hydra and the like)."""
+    """Return OpenUnlearning's `NPO` class, without what its package imports beside it (hydra and the like).
+
+    Raises:
+        PeerMissing: there is no checkout.
+    """
     place = os.environ.get(VARIABLE)
     root = Path(place or ".").expanduser() / "src" / "trainer"
     if not place or not (root / "unlearn" / "npo.py").is_file():
-        raise SystemExit(
+        raise PeerMissing(
             f"npo_openunlearning: {VARIABLE} is {place or 'not set'}; set it to a checkout of https://github.com/locuslab/open-unlearning"
         )
     package = types.ModuleType("trainer")
