@@ -13,6 +13,10 @@ from typing import Any
 Seconds = tuple[float, float]  # of the processor, on the wall
 
 
+class PeerMissing(Exception):
+    """What a benchmark compares with is not on this machine; the message says what to do."""
+
+
 @dataclass(frozen=True)
 class Figure:
     """One comparison.

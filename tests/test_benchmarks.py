@@ -63,3 +63,16 @@ def test_an_unknown_benchmark_is_refused(capsys) -> None:
         command.main(["lop"])
     assert error.value.code == 2
     assert "no benchmark 'lop'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_same_threads")
+def test_a_benchmark_whose_peer_is_missing_says_what_to_do_and_is_left_out_of_all(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("OPEN_UNLEARNING", raising=False)
+    says = "OPEN_UNLEARNING is not set; set it to a checkout of https://github.com/locuslab/open-unlearning"
+    with pytest.raises(SystemExit) as error:
+        command.main(["npo_openunlearning", "--tiny"])
+    assert error.value.code == 2
+    assert says in capsys.readouterr().err
+    monkeypatch.setattr(command, "NAMES", ("npo_openunlearning",))
+    command.main(["--tiny"])
+    assert f"left out: npo_openunlearning: {says}" in capsys.readouterr().out

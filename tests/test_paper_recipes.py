@@ -84,6 +84,9 @@ def test_paper_recipe_builds_and_takes_two_steps(path: Path, tmp_path: Path, mon
         event["training"] = event.get("training", {}) | small
         events.append(event)
     tree["events"] = events
+    for number, chosen in enumerate(tree.get("measure", {}).get("sets", {}).values()):
+        chosen["data"] = toy_rows(chosen.get("kind", "qa"), tmp_path, f"set-{number}")
+    tree["training"].pop("template", None)  # the toy tokenizer spells: a chat format would fill its 128 places
     toy = Recipe.of(tree, place=str(path), folder=tmp_path)
     for name in toy.life_names:
         life = toy.life(name, progress=False)

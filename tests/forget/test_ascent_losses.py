@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 
+from objectives import COUNTS, LABELS, TOKENIZER, Table, check_slope, lm, moved, objective, widened
 from remanence.errors import Mistake
 from remanence.forget.gradient_ascent import GradientAscent
 from remanence.forget.gradient_difference import GradientDifference
@@ -22,46 +23,13 @@ from remanence.training.losses import nll
 from remanence.training.preference import npo_loss, summed_nll
 from remanence.training.reference import frozen_copy, mean_kl, summed_kl
 from remanence.training.trainer import Settings, Trainer
-from toy import toy_lm, toy_tokenizer
 
-TOKENIZER = toy_tokenizer()
 FORGET = Dataset.from_dict({"question": [f"who is {'a' * n}" for n in range(1, 6)], "answer": ["xyz"[: n % 3 + 1] for n in range(5)]})
 RETAIN = Dataset.from_dict({"question": [f"what is {n}" for n in range(7)], "answer": ["b" * (n % 4 + 1) for n in range(7)]})
 REQUEST = Request("gone", FORGET, RETAIN)
 FACTORS = {"gamma": 0.7, "alpha": 1.3}
 BOTH = [GradientDifference(**FACTORS), AscentKL(**FACTORS), NPO(beta=0.5, **FACTORS), NPO(beta=0.5, retain="kl", **FACTORS)]
 ALL = [GradientAscent(0.7), *BOTH, NPO(beta=0.5, retain="none", gamma=0.7)]
-
-
-class Spy(Trainer):
-    """Catches what a method would fit."""
-
-    caught: tuple[Any, Any]
-
-    def fit(self, model: nn.Module, batches: Any, loss: Any = nll, **_: Any) -> nn.Module:
-        self.caught = (batches, loss)
-        return model
-
-
-def lm(seed: int = 0) -> nn.Module:
-    return toy_lm("gpt2", seed=seed, vocab=len(TOKENIZER), dtype=torch.float64)  # not llama, whose norms round to fp32
-
-
-def objective(method: Any, model: nn.Module, size: int = 4) -> tuple[Batch, Any]:
-    """The first batch and the loss that the method would fit on the model as it is now."""
-    spy = Spy(Settings(batch_size=size), processor=TOKENIZER, seed=3)
-    assert method.forget(model, REQUEST, spy) is model
-    batches, loss = spy.caught
-    return batches[0], loss
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """The model after a random step."""
-    noise = torch.Generator().manual_seed(9)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=noise, dtype=parameter.dtype)
-    return model
 
 
 def row_terms(model: nn.Module, reference: nn.Module, batch: Batch) -> list[tuple[list[float], list[float]]]:
@@ -87,7 +55,7 @@ def token_mean(rows: list[tuple[list[float], list[float]]], column: int) -> floa
 def test_objective_equals_the_published_formula_row_by_row(method: Any) -> None:
     model = lm()
     reference = copy.deepcopy(model)
-    batch, loss = objective(method, model)
+    batch, loss = objective(method, model, REQUEST)
     moved(model)
     forget = row_terms(model, reference, batch.get("forget", batch))
     retain = row_terms(model, reference, batch["retain"]) if "retain" in batch else []
@@ -105,13 +73,13 @@ def test_objective_equals_the_published_formula_row_by_row(method: Any) -> None:
 @pytest.mark.parametrize("beta", [0.05, 0.1, 2.0])
 def test_npo_is_two_over_beta_log_two_at_the_reference(beta: float) -> None:
     model = lm()
-    batch, loss = objective(NPO(beta=beta, retain="none"), model)
+    batch, loss = objective(NPO(beta=beta, retain="none"), model, REQUEST)
     assert loss(model, batch).item() == pytest.approx(2 / beta * math.log(2), rel=1e-12)
 
 
 def test_kl_and_its_gradient_are_zero_at_the_reference() -> None:
     model = lm()
-    batch, loss = objective(AscentKL(gamma=0.0), model)
+    batch, loss = objective(AscentKL(gamma=0.0), model, REQUEST)
     value = loss(model, batch)
     value.backward()
     assert abs(value.item()) < 1e-14
@@ -120,7 +88,7 @@ def test_kl_and_its_gradient_are_zero_at_the_reference() -> None:
 
 def test_npo_with_beta_to_zero_has_the_gradient_of_ascent_on_the_summed_nll() -> None:
     model = lm()
-    batch, loss = objective(NPO(beta=1e-9, retain="none"), model)
+    batch, loss = objective(NPO(beta=1e-9, retain="none"), model, REQUEST)
     moved(model)
     parameters = list(model.parameters())
     npo = torch.autograd.grad(loss(model, batch), parameters)
@@ -147,37 +115,14 @@ def test_gradients_of_the_pure_losses_agree_with_finite_differences() -> None:
 @pytest.mark.parametrize("method", ALL, ids=repr)
 def test_gradient_of_the_objective_agrees_with_finite_differences(method: Any) -> None:
     model = lm()
-    batch, loss = objective(method, model)
+    batch, loss = objective(method, model, REQUEST)
     moved(model)
-    parameters = list(model.parameters())
-    slopes = torch.autograd.grad(loss(model, batch), parameters)
-    noise = torch.Generator().manual_seed(4)
-    way = [torch.randn(parameter.shape, generator=noise, dtype=parameter.dtype) for parameter in parameters]
-    values = []
-    for side in (1, -2):
-        with torch.no_grad():
-            for parameter, direction in zip(parameters, way):
-                parameter += side * 1e-6 * direction
-            values.append(loss(model, batch).item())
-    expected = sum((slope * direction).sum().item() for slope, direction in zip(slopes, way))
-    assert (values[0] - values[1]) / 2e-6 == pytest.approx(expected, rel=1e-5, abs=1e-7)
-
-
-class Table(nn.Module):
-    """Logits that are parameters, so that a gradient shows which positions count."""
-
-    def __init__(self, rows: int, tokens: int, seed: int):
-        super().__init__()
-        self.logits = nn.Parameter(torch.randn(rows, tokens, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        return self.logits
+    check_slope(model, batch, loss)
 
 
 @pytest.mark.parametrize("name", ["nll", "npo", "kl"])
 def test_prompt_and_padding_contribute_nothing(name: str) -> None:
-    labels = torch.tensor([[IGNORED, IGNORED, 3, 4, 1], [IGNORED, 5, 1, IGNORED, IGNORED]])
-    batch, table, reference = Batch(input_ids=labels.clamp(min=0), labels=labels), Table(2, 5, 0), Table(2, 5, 1)
+    batch, table, reference = Batch(input_ids=LABELS.clamp(min=0), labels=LABELS), Table(0), Table(1)
     losses = {
         "nll": lambda: nll(table, batch),
         "npo": lambda: npo_loss(summed_nll(table, batch), summed_nll(reference, batch).detach(), 0.1).sum() / batch.rows,
@@ -185,23 +130,16 @@ def test_prompt_and_padding_contribute_nothing(name: str) -> None:
     }
     losses[name]().backward()
     counts = table.logits.grad.abs().sum(-1) > 0  # (B, T)
-    assert counts.tolist() == [[False, True, True, True, False], [True, True, False, False, False]]
+    assert counts.tolist() == COUNTS
     assert reference.logits.grad is None
 
 
 @pytest.mark.parametrize("method", ALL, ids=repr)
 def test_wider_padding_changes_nothing(method: Any) -> None:
     model = lm()
-    batch, loss = objective(method, model)
+    batch, loss = objective(method, model, REQUEST)
     moved(model)
-
-    def widened(part: Batch) -> Batch:
-        fill = {"input_ids": TOKENIZER.pad_token_id, "labels": IGNORED}
-        pad = {name: torch.full((len(part["labels"]), 6), value) for name, value in fill.items()}
-        return Batch({name: torch.cat([value, pad[name]], 1) if name in pad else value for name, value in part.items()})
-
-    wide = Batch({name: widened(part) for name, part in batch.items()}) if "forget" in batch else widened(batch)
-    assert loss(model, wide).item() == pytest.approx(loss(model, batch).item(), rel=1e-10)
+    assert loss(model, widened(batch)).item() == pytest.approx(loss(model, batch).item(), rel=1e-10)
 
 
 def test_kl_of_a_classifier_is_the_mean_over_rows() -> None:

@@ -42,11 +42,11 @@ from torch.nn import functional as F
 
 from remanence.errors import Mistake, nearest
 from remanence.models.attention import plain_attention
-from remanence.models.forward import logits_of, unwrapped
+from remanence.models.forward import unwrapped
 from remanence.stream import Request
 from remanence.training.batches import Batch, Counted
 from remanence.training.bilevel import HVP, Derivatives, apart, hvp, phi_gradient, trained, wide
-from remanence.training.losses import next_token_nll, nll
+from remanence.training.losses import answer_tokens, nll
 from remanence.training.masks import check_pattern, matching
 from remanence.training.preference import npo_loss, summed_nll
 from remanence.training.processes import is_sharded, sum_over_processes, world_size
@@ -245,10 +245,9 @@ def refusing_once_differentiable(model: nn.Module) -> Iterator[None]:
 
 def capped_nll(model: nn.Module, batch: Batch) -> Tensor:
     """Return the mean NLL in which each token (or row of a classifier) counts at most log V, that of a uniform guess (ours); beyond, it has no gradient."""
-    logits, labels = logits_of(model, batch), batch["labels"]
-    if labels.dim() == 1:
-        return F.cross_entropy(logits, labels, reduction="none").clamp(max=math.log(logits.shape[-1])).sum() / batch.rows
-    return next_token_nll(logits, labels).clamp(max=math.log(logits.shape[-1])).sum() / batch.tokens
+    logits, targets = answer_tokens(model, batch)
+    each = F.cross_entropy(logits, targets, reduction="none").clamp(max=math.log(logits.shape[-1]))
+    return each.sum() / (batch.rows if batch["labels"].dim() == 1 else batch.tokens)
 
 
 def mean_npo(model: nn.Module, batch: Batch, beta: float) -> Tensor:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -51,6 +53,16 @@ def positions(model: nn.Module) -> int:
     core = unwrapped(model)
     config = core.config.get_text_config() if isinstance(core, PreTrainedModel) else None
     return int(getattr(config, "max_position_embeddings", None) or 2**31)
+
+
+def keeps_logits(model: nn.Module) -> bool:
+    """Say whether the model can be asked for the logits of some time steps alone (`logits_to_keep`)."""
+    return _takes(type(unwrapped(model)).forward, "logits_to_keep")
+
+
+@functools.cache
+def _takes(function: Callable[..., Any], argument: str) -> bool:
+    return argument in inspect.signature(function).parameters
 
 
 def logits_of(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:

@@ -158,7 +158,7 @@ def blocks(model: nn.Module) -> list[str]:
     """
     found: dict[int, str] = {}
     for name, _ in model.named_parameters():
-        match = _LAYER.search(name)
+        match = LAYER.search(name)
         if match:
             found.setdefault(int(match[1]), name[: match.end() - 1])
     if not found:

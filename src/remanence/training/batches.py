@@ -8,7 +8,7 @@ mask: every language model here is causal, so padding cannot reach a supervised 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -234,6 +234,25 @@ class Pairs(Zip):
     def __len__(self) -> int:
         """Return the number of batches that hold each forget row at least once."""
         return self._length
+
+
+class Changed:
+    """Batches by number, each changed by a function of (number, batch) before anyone counts its rows and tokens (labels drawn anew, tokens left out).
+
+    Args:
+        batches: to be changed.
+        change: returns the batch that takes the place of batch `number`.
+    """
+
+    def __init__(self, batches: Counted, change: Callable[[int, Batch], Batch]):
+        self.batches, self.change = batches, change
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.change(index, self.batches[index])
+
+    def __len__(self) -> int:
+        """Return the number of batches that make a pass."""
+        return len(self.batches)
 
 
 class Draws:

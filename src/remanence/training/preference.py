@@ -6,15 +6,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remanence.models.forward import logits_of
 from remanence.training.batches import Batch
-from remanence.training.losses import row_nll
+from remanence.training.losses import answer_nll
 
 
 def summed_nll(model: nn.Module, batch: Batch) -> Float[Tensor, "B"]:
     """Return s(x), each row's negative log-likelihood summed over its supervised tokens (or of its class), in nats."""
-    logits, labels = logits_of(model, batch), batch["labels"]
-    return F.cross_entropy(logits, labels, reduction="none") if labels.dim() == 1 else row_nll(logits, labels)
+    return answer_nll(model, batch).sum(1)
 
 
 def npo_loss(nll_sum: Float[Tensor, "B"], nll_sum_reference: Float[Tensor, "B"], beta: float) -> Float[Tensor, "B"]:

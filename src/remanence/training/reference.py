@@ -6,12 +6,12 @@ import copy
 from collections.abc import Collection
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from remanence.models.forward import logits_of
-from remanence.training.batches import IGNORED, Batch
+from remanence.training.batches import Batch
+from remanence.training.losses import answer_tokens
 
 
 def frozen_copy(model: nn.Module, moving: Collection[str] | None = None) -> nn.Module:
@@ -33,12 +33,6 @@ def frozen_copy(model: nn.Module, moving: Collection[str] | None = None) -> nn.M
     return kept
 
 
-def supervised_logits(logits: Float[Tensor, "*B V"], labels: Int[Tensor, "*L"]) -> Float[Tensor, "N V"]:
-    """Return the logits that predict a label: (B, T, V) at the positions before supervised tokens, (B, K) whole; at least in fp32."""
-    chosen = logits if labels.dim() == 1 else logits[:, :-1][labels[:, 1:] != IGNORED]
-    return chosen if chosen.dtype == torch.float64 else chosen.float()
-
-
 def summed_kl(logits_reference: Float[Tensor, "N V"], logits: Float[Tensor, "N V"]) -> Float[Tensor, ""]:
     """Return sum_n KL(p_0 || p) = sum_n sum_v p_0 (log p_0 - log p), in nats."""
     return F.kl_div(logits.log_softmax(-1), logits_reference.log_softmax(-1), log_target=True, reduction="sum")
@@ -46,11 +40,10 @@ def summed_kl(logits_reference: Float[Tensor, "N V"], logits: Float[Tensor, "N V
 
 def mean_kl(model: nn.Module, reference: nn.Module, batch: Batch) -> Float[Tensor, ""]:
     """Return the mean KL(p_0 || p) over supervised next tokens (labels (B, T)) or rows (labels (B,)); prompts and padding do not count."""
-    labels = batch["labels"]
     with torch.no_grad():
-        before = supervised_logits(logits_of(reference, batch), labels)
-    now = supervised_logits(logits_of(model, batch), labels)
-    return summed_kl(before, now) / (batch.rows if labels.dim() == 1 else batch.tokens)
+        before, _ = answer_tokens(reference, batch)
+    now, _ = answer_tokens(model, batch)
+    return summed_kl(before, now) / (batch.rows if batch["labels"].dim() == 1 else batch.tokens)
 
 
 def fingerprint(model: nn.Module) -> list[int]:

@@ -27,11 +27,22 @@ def check_terms(method: str, gamma: float, alpha: float, retain: str = "nll") ->
     Raises:
         Mistake: a weight below 0 or not finite, or an unknown term.
     """
-    for name, value in (("gamma", gamma), ("alpha", alpha)):
-        if not 0 <= value < math.inf:
-            raise Mistake(f"{method}.{name}", f"must be 0 or more, and finite, got {value!r}", "correct the value")
+    check_numbers(method, gamma=gamma, alpha=alpha)
     if retain not in RETAIN:
         raise Mistake(f"{method}.retain", f"unknown value {retain!r}", nearest(retain, RETAIN))
+
+
+def check_numbers(method: str, *, above: bool = False, **values: float) -> None:
+    """Hold numbers to be finite and 0 or more, or above 0.
+
+    Raises:
+        Mistake: naming the method's field.
+    """
+    for name, value in values.items():
+        if not 0 <= value < math.inf or (above and value == 0):
+            raise Mistake(
+                f"{method}.{name}", f"must be {'above 0' if above else '0 or more'}, and finite, got {value!r}", "correct the value"
+            )
 
 
 def retain_of(request: Request, method: str, remedy: str = "add retain rows to the request, or forget with gradient ascent") -> Dataset:
@@ -68,6 +79,17 @@ def retain_term(retain: str, model: nn.Module, trainer: Trainer) -> Loss:
         return nll
     reference = frozen_copy(model).to(trainer.accelerator.device)
     return lambda model, batch: mean_kl(model, reference, batch)
+
+
+def scalarised(term: Loss, retain: str, gamma: float, alpha: float, model: nn.Module, trainer: Trainer) -> Loss:
+    """Return L(model, batch) = gamma term(model, batch["forget"]) + alpha R(model, batch["retain"]), with R as in `retain_term`."""
+    keep = retain_term(retain, model, trainer)
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        value = gamma * term(model, batch["forget"])
+        return value + alpha * keep(model, batch["retain"]) if "retain" in batch else value
+
+    return loss
 
 
 def _nothing(model: nn.Module, batch: Batch) -> Tensor:

@@ -7,7 +7,6 @@ fp32 in pieces of at most 2^24 logits, sums in fp64. Cost: one forward pass over
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from remanence.data.encode import encode_rows, feature_columns
 from remanence.errors import Mistake
-from remanence.models.forward import INPUTS, logits_of, unwrapped
+from remanence.models.forward import INPUTS, keeps_logits, logits_of
 from remanence.training.batches import IGNORED, Batch, Batches, Ragged
 
 if TYPE_CHECKING:
@@ -117,7 +116,7 @@ def supervised_logits(
     """
     length = batch["input_ids"].shape[1]
     needed = supervised.any(0).nonzero().squeeze(1)  # (S,)
-    if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
+    if keeps_logits(model):
         inputs = {name: batch[name] for name in INPUTS if name in batch}
         logits = model(**inputs, logits_to_keep=needed - length).logits
         if logits.shape[1] == len(needed):

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from remanence.forget.audit.case import Case, present
 from remanence.forget.audit.report import Finding
-from remanence.models.forward import evaluating, logits_of
+from remanence.models.forward import evaluating
 from remanence.training.batches import IGNORED
-from remanence.training.reference import supervised_logits
+from remanence.training.losses import answer_tokens
 from remanence.training.scoring import walk
 
 
@@ -30,8 +30,8 @@ def measure_distance(case: Case) -> None:
         for numbers, batch in walk(rows, case.settings.batch_size, model):
             labels = batch["labels"]
             row = (labels[:, 1:] != IGNORED).nonzero()[:, 0] if labels.dim() == 2 else torch.arange(len(labels), device=labels.device)
-            theirs = supervised_logits(logits_of(oracle, batch.to(next(oracle.parameters()).device)), labels).to(labels.device)
-            ours = supervised_logits(logits_of(model, batch), labels)
+            theirs = answer_tokens(oracle, batch.to(next(oracle.parameters()).device))[0].to(labels.device)
+            ours = answer_tokens(model, batch)[0]
             count = torch.bincount(row, minlength=len(numbers))
             for kept, values in ((same, (theirs.argmax(-1) == ours.argmax(-1)).double()), (divergence, kl(theirs, ours).double())):
                 kept[numbers] = (
