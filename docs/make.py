@@ -287,11 +287,13 @@ def cli() -> str:
 
     assert isinstance(app, typer.Typer)
     sections = []
-    for command in app.registered_commands:
+    groups = [(f"{group.name} ", group.typer_instance) for group in app.registered_groups if group.typer_instance is not None]
+    commands = [(front, command) for front, home in [("", app), *groups] for command in home.registered_commands]
+    for front, command in commands:
         callback = command.callback
         if callback is None or command.hidden:
             continue
-        name = command.name or callback.__name__
+        name = front + (command.name or callback.__name__)
         hints = get_type_hints(callback, include_extras=True)
         rows, words = [], []
         for parameter in inspect.signature(callback).parameters.values():
@@ -385,6 +387,13 @@ def quick_recipes() -> str:
     return table(("recipe", "what it is"), rows)
 
 
+def known_forgetters() -> str:
+    """Return every known way to forget, built or not."""
+    from remanence.forgetters import markdown
+
+    return markdown()
+
+
 MADE: dict[str, Callable[[], str]] = {
     "systems": systems,
     "counts": counts,
@@ -397,6 +406,7 @@ MADE: dict[str, Callable[[], str]] = {
     "learners": lambda: methods("learn"),
     "forgetters": lambda: methods("forget"),
     "probes": lambda: methods("measure"),
+    "known-forgetters": known_forgetters,
     "standard-probes": standard_probes,
     "cli": cli,
     "ledger": ledger,

@@ -151,6 +151,7 @@ def test_reference_names_every_command_option_table_and_system(make: Any) -> Non
     cli, ledger = make.cli(), make.ledger()
     for command in app.registered_commands:
         assert f"## `{command.name or command.callback.__name__}`" in cli
+    assert all(f"## `receipt {name}`" in cli for name in ("verify", "key", "list"))
     assert all(f"`{option}" in cli for option in ("--set", "--resume", "--quiet, -q", "--json", "--seeds N"))
     assert "`--folder`" not in cli.partition("## `learn`")[0], "a hidden option is shown"
     assert all(f"### `{table}`" in ledger for table in TABLES)
