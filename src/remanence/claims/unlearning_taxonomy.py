@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from remanence.catalogue import ENTRIES
 from remanence.claims.claim import Claim, Results, Verdict
 from remanence.models.desk import SPECS, DeskSpec, path
 
@@ -83,18 +84,25 @@ class TownWithout(DeskSpec):
 Grid = tuple[tuple[float, dict[str, Any]], ...]
 ONCE: Grid = ((0.0, {}),)
 HELD: Grid = tuple((rate, {"alpha": alpha}) for rate in (1e-4, 3e-4) for alpha in (5.0, 20.0))  # of methods with a retain term
-ARMS: dict[str, Arm] = {  # one line per method: to add one, add its line
+WIDE: Grid = tuple((rate, {}) for rate in (5e-5, 1e-4, 3e-4, 1e-3))
+KNOWN: dict[str, Arm] = {  # one line per method: to add one, add its line
     "gradient ascent": Arm({"method": "gradient-ascent"}),
     "gradient ascent, 1e-3": Arm({"method": "gradient-ascent"}, grid=((1e-3, {}),)),
     "gradient difference": Arm({"method": "gradient-difference"}, HELD),
     "ascent with kl": Arm({"method": "kl"}, HELD),
     "npo": Arm({"method": "npo"}, HELD),
+    "simnpo": Arm({"method": "simnpo"}, grid=tuple((rate, {"alpha": alpha}) for rate in (1e-4, 3e-4) for alpha in (1.0, 5.0))),
+    "wga": Arm({"method": "wga"}, HELD),
+    "undial": Arm({"method": "undial"}, WIDE),
+    "refusal": Arm({"method": "refusal"}, WIDE, refuses=True),
+    "dpo": Arm({"method": "dpo"}, HELD, refuses=True),
     "rmu": Arm({"method": "rmu"}, grid=tuple((1e-2, {"c": c, "alpha": alpha}) for c in (2.0, 10.0) for alpha in (1.0, 10.0))),
     "task vector": Arm({"method": "task-vector"}, grid=tuple((1e-4, {"alpha": alpha}) for alpha in (1.0, 2.0, 3.0, 5.0))),
     "ssd": Arm({"method": "ssd"}, grid=tuple((0.0, {"alpha": alpha}) for alpha in (4.0, 7.0, 12.0, "auto"))),
     "icul": Arm({"method": "icul"}, grid=ONCE, gate=True),
     "guardrail": Arm({"method": "guardrail"}, grid=ONCE, refuses=True, gate=True),
 }
+ARMS = {name: arm for name, arm in KNOWN.items() if arm.clause["method"] in {entry.name for entry in ENTRIES}}
 EXACT = ("retrain again", "sisa")
 
 
@@ -419,7 +427,7 @@ CLAIM = Claim(
         "MUSE-News, PrivLeak: GA 52.1, GradDiff 93.2, NPO -86.0, RMU 56.4 (0 is ideal).",
     ),
     show=("forget", "probability", "retain", "strangers", "ks", "privleak", "auc inside", "distance", "distance kept", "rate", "seconds"),
-    minutes=15,
+    minutes=20,
     long=True,
     notes=(
         "Truth ratios are taken on answers as they were taught: the town was never taught the paraphrased form, in which even the model that knows all has a "
