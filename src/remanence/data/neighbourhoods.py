@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from remanence.data.biographies import PLACES, UNKNOWN, Biographies
 from remanence.data.readers import read_rows
@@ -131,15 +132,21 @@ def neighbours(source: str | Path | Graph, place: str = "neighbours") -> Dataset
     return rows
 
 
-def check_types(place: str, types: Sequence[Any]) -> None:
-    """Refuse a type that is none of `TYPES`.
+def check_types(place: str, types: Sequence[Any]) -> Int[np.ndarray, " N"]:
+    """Return the number of each type in `TYPES`.
 
     Raises:
-        Mistake: with the first such row.
+        Mistake: with the first row whose type is none of them.
     """
-    strange = next((row for row, value in enumerate(types) if value not in TYPES), None)
-    if strange is not None:
-        raise Mistake(f"{place} row {strange}", f"unknown type {types[strange]!r}", nearest(str(types[strange]), TYPES))
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    codes = pc.index_in(pa.array(types).cast(pa.string()), value_set=pa.array(TYPES)).fill_null(-1).to_numpy(False)
+    strange = np.flatnonzero(codes < 0)
+    if len(strange):
+        row = int(strange[0])
+        raise Mistake(f"{place} row {row}", f"unknown type {types[row]!r}", nearest(str(types[row]), TYPES))
+    return codes.astype(np.int64)
 
 
 def _direct(world: Biographies, gone: Biographies, owners: Sequence[str]) -> tuple[pa.Table, np.ndarray]:

@@ -255,15 +255,17 @@ def labels_of(forget: Sequence[Any], retain: Sequence[Any], types: Sequence[Any]
     Raises:
         Mistake: a type that is none, or a row without an entity.
     """
-    check_types("retain", types)
-    kinds = np.array([TYPES.index(value) for value in types], np.int64)
-    for side, names, needed in (("forget", forget, np.ones(len(forget), bool)), ("retain", retain, kinds != GENERAL)):
-        hole = next((row for row, name in enumerate(names) if needed[row] and name in (None, "")), None)
-        if hole is not None:
-            raise Mistake(f"{side} row {hole}", "belongs to no entity", "fill in its entity")
-    known: dict[str, int] = {}
-    both = [known.setdefault(str(name), len(known)) for name in (*forget, *retain)]
-    return Labels(tuple(known), np.array(both[: len(forget)], np.int64), np.array(both[len(forget) :], np.int64), kinds)
+    import pyarrow as pa
+
+    kinds = check_types("retain", types)
+    sides = [pa.array(names).cast(pa.string()) for names in (forget, retain)]
+    for side, names, needed in (("forget", sides[0], True), ("retain", sides[1], kinds != GENERAL)):
+        holes = np.flatnonzero((names.is_null().to_numpy(False) | (names.fill_null("").to_numpy(False) == "")) & needed)
+        if len(holes):
+            raise Mistake(f"{side} row {holes[0]}", "belongs to no entity", "fill in its entity")
+    known = pa.concat_arrays(sides).fill_null("").dictionary_encode()
+    codes = known.indices.to_numpy().astype(np.int64)
+    return Labels(tuple(known.dictionary.to_pylist()), codes[: len(forget)], codes[len(forget) :], kinds)
 
 
 def check_names(place: str, strategy: str, order: str) -> None:
@@ -286,9 +288,12 @@ def refuse_shared_questions(place: str, first: tuple[str, Dataset], second: tupl
     (name, rows), (other, others) = first, second
     if "question" not in rows.column_names or "question" not in others.column_names:
         return
-    there = {question.strip() for question in others["question"]}
-    shared = [row for row, question in enumerate(rows["question"]) if question.strip() in there]
-    if shared:
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    asked, there = (pc.utf8_trim_whitespace(pa.array(part["question"][:])) for part in (rows, others))
+    shared = np.flatnonzero(pc.is_in(asked, value_set=there).to_numpy(False))
+    if len(shared):
         problem = f"{len(shared)} questions of the {name} set stand in the {other} set too (the first is row {shared[0]})"
         raise Mistake(place, problem, "remove them from one of the two")
 
