@@ -92,7 +92,7 @@ def test_the_oracle_beside_itself_has_forget_quality_one_and_privleak_zero(of_or
     assert of_oracle["agreement"].value == 1
     assert of_oracle["kl_to_oracle"].value == 0
     assert of_oracle.verdict == "forgotten"
-    assert all(f.value == f.reference for f in of_oracle.findings if f.against == "oracle")  # attacks included
+    assert all(f.value == f.reference for f in of_oracle.findings if f.against == "the oracle")  # attacks included
 
 
 def test_the_untouched_original_has_a_low_p_and_a_strongly_negative_privleak(of_original: AuditReport) -> None:

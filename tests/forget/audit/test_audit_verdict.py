@@ -73,7 +73,7 @@ def test_no_verdict_comes_from_one_number_alone(word: str, name: str) -> None:
 
 def test_an_attack_says_hidden_only_beside_outputs_that_look_forgotten() -> None:
     verdict = judge(clean(**VERDICTS["hidden"]))
-    assert any(reason.startswith("what it says: probability 0.1 against 0.1 of oracle") for reason in verdict.reasons)
+    assert any(reason.startswith("what it says: probability 0.1 against 0.1 (oracle)") for reason in verdict.reasons)
     openly = judge(clean(**VERDICTS["hidden"], **VERDICTS["not forgotten"]))
     assert (openly.word, openly.also) == ("not forgotten", [])  # what is said openly is not hidden
 

@@ -157,7 +157,7 @@ class Case:
     def reference(self, measure: Measure) -> tuple[float | None, str]:
         """Return the reference's mean and its name; `None` where there is neither an oracle nor original and holdout."""
         if "oracle" in self.models:
-            return _mean(measure("oracle", "forget")), "oracle"
+            return _mean(measure("oracle", "forget")), "the oracle"
         if "original" in self.models and "holdout" in self.sets:
             return _mean(measure("original", "holdout")), ON_HOLDOUT
         return None, ""

@@ -43,13 +43,13 @@ def measure_membership(case: Case) -> None:
         original = auc(score("original", "forget"), score("original", "holdout")) if "original" in case.models else None
         reference, against = 0.5, CHANCE
         if "oracle" in case.models and name != "reference":  # the oracle beside itself is 0.5 anyway
-            reference, against = auc(score("oracle", "forget"), score("oracle", "holdout")), "oracle"
+            reference, against = auc(score("oracle", "forget"), score("oracle", "holdout")), "the oracle"
         rows = len(score("model", "forget")) + len(score("model", "holdout"))
         case.findings.append(Finding(f"auc/{name}", "membership", value, low, high, "reference", reference, rows, against, original))
         if name == ("min_k" if case.language else "loss"):
             leak, bottom, top = (priv_leak(one, reference) for one in (value, high, low))  # a higher AUC is a lower PrivLeak
             before = priv_leak(original, reference) if original is not None else None
-            whose = "the oracle's AUC" if against == "oracle" else "an AUC of 0.5"
+            whose = "the oracle's AUC" if against == "the oracle" else "an AUC of 0.5"
             case.findings.append(Finding("privleak", "membership", leak, bottom, top, "reference", 0.0, rows, whose, before))
     if case.language and "oracle" not in case.models:
         case.skipped["auc/reference"] = "there is no oracle, and the attack needs a model that never saw the rows"

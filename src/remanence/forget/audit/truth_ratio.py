@@ -65,7 +65,7 @@ def measure_forget_quality(case: Case, ratios: TruthRatios) -> None:
     ours, theirs = (kept(ratios(who, "forget")) for who in ("model", "oracle"))
     p = forget_quality(ours, theirs)
     before = forget_quality(kept(ratios("original", "forget")), theirs) if "original" in case.models else None
-    case.findings.append(Finding("forget_quality", "quality", p, p, p, "higher", 1.0, len(ours), "oracle", before))
+    case.findings.append(Finding("forget_quality", "quality", p, p, p, "higher", 1.0, len(ours), "the oracle", before))
 
 
 def kept(ratios: Float[np.ndarray, " N"]) -> Float[np.ndarray, " M"]:

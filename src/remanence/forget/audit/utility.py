@@ -48,7 +48,7 @@ def measure_utility(case: Case, writings: Writings, ratios: TruthRatios) -> None
                 continue
             reference = float(values[before].mean()) if before else None
             low, high = case.interval(own, share=name != "fluency")
-            against = "the original" if before == "original" else before or ""
+            against = f"the {before}" if before else ""
             value = float(own.mean())
             case.findings.append(Finding(f"{part}/{name}", "utility", value, low, high, "higher", reference, len(own), against))
             if name == "fluency":
@@ -58,7 +58,7 @@ def measure_utility(case: Case, writings: Writings, ratios: TruthRatios) -> None
                 means[who].append(float(each.mean()))
     low, high = harmonic_interval(samples, case.settings.level, case.settings.resamples, case.seed)
     value, reference = harmonic_mean(means["model"]), harmonic_mean(means[before]) if before else None
-    rows, against = sum(f.rows for f in case.findings[first:]), "the original" if before == "original" else before or ""
+    rows, against = sum(f.rows for f in case.findings[first:]), f"the {before}" if before else ""
     case.findings.append(Finding("utility", "utility", value, low, high, "higher", reference, rows, against))
 
 

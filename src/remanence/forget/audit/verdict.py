@@ -151,7 +151,7 @@ def pushed(findings: Sequence[Finding], bar: Thresholds) -> list[str]:
     nll, leak, quality = named.get("nll"), named.get("privleak"), named.get("forget_quality")
     found = []
     if nll is not None and nll.reference is not None and nll.value - nll.reference >= bar.over_nll and nll.low > nll.reference:
-        found.append(f"NLL {nll.value:.3g} nats per token against {nll.reference:.3g} of {nll.against}")
+        found.append(f"NLL {nll.value:.3g} nats per token against {nll.reference:.3g} ({nll.against})")
     if leak is not None and leak.value >= bar.over_privleak and leak.low > 0:
         found.append(f"PrivLeak {leak.value:+.3g} (0 is the reference)")
     if found and quality is not None and quality.value < bar.different:
@@ -161,20 +161,20 @@ def pushed(findings: Sequence[Finding], bar: Thresholds) -> list[str]:
 
 def said(finding: Finding) -> str:
     """Return an attack's or output's number in words."""
-    against = f"{finding.reference:.3g} of {finding.against}" if finding.reference is not None else "nothing to compare with"
-    return f"{finding.name} {finding.value:.3g} against {against} ({remains(finding):.0%} of the way back to the original)"
+    against = f"{finding.reference:.3g} ({finding.against})" if finding.reference is not None else "nothing to compare with"
+    return f"{finding.name} {finding.value:.3g} against {against}, {remains(finding):.0%} of the way to the original"
 
 
 def seen(finding: Finding) -> str:
     """Return a membership score in words."""
     return (
-        f"{finding.name} {finding.value:.3g} ({finding.low:.3g} to {finding.high:.3g}) against {finding.reference:.3g} of {finding.against}"
+        f"{finding.name} {finding.value:.3g} ({finding.low:.3g} to {finding.high:.3g}) against {finding.reference:.3g} ({finding.against})"
     )
 
 
 def lost(finding: Finding) -> str:
     """Return a loss in words."""
-    return f"{finding.name} {finding.value:.3g} against {finding.reference:.3g} of {finding.against}"
+    return f"{finding.name} {finding.value:.3g} against {finding.reference:.3g} ({finding.against})"
 
 
 def _outputs(findings: Sequence[Finding], bar: Thresholds) -> str:
