@@ -142,7 +142,8 @@ def masked(rows: Batch) -> dict[str, Any]:
 def peak(side: str, *, lora: bool, tiny: bool) -> float:
     """Return the largest resident size of one side above that of the loaded model, in MB, from a process of its own."""
     order = json.dumps({"side": side, "lora": lora, "tiny": tiny})
-    found = subprocess.run([sys.executable, "-m", "benchmarks.npo_openunlearning", order], capture_output=True, text=True)
+    returned = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # freed blocks go back at once, so that the size is what is alive
+    found = subprocess.run([sys.executable, "-m", "benchmarks.npo_openunlearning", order], capture_output=True, text=True, env=returned)
     if found.returncode:
         raise RuntimeError(found.stderr)
     return float(found.stdout.split()[-1])
