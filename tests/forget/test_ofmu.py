@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from remanence.seeds import derive
 from remanence.stream import Request
 from remanence.training.batches import Batch, Batches, Pairs
 from remanence.training.bilevel import Derivatives, cosine_slopes, hvp, phi_gradient
+from remanence.training.checkpoint import Checkpoints
 from remanence.training.losses import nll
 from remanence.training.preference import summed_nll
 from remanence.training.projection import flatten
@@ -391,6 +393,23 @@ def test_it_ends_after_the_round_that_reached_the_reference_or_the_tolerance(sto
     loop = trainer()
     OFMU(inner_steps=2, outer_rounds=5, **stop).forget(lm(), REQUEST, loop)
     assert loop.steps_done == 3
+
+
+def test_the_history_of_a_run_that_was_killed_is_that_of_a_whole_one(tmp_path: Path) -> None:
+    def go(folder: Path | None, dies: int | None = None) -> list[dict[str, Any]]:
+        def watch(model: nn.Module, step: int) -> None:
+            if step == dies:
+                raise KeyboardInterrupt
+
+        method = OFMU(inner_steps=2, outer_rounds=2)
+        points = Checkpoints(folder, every=2) if folder else None
+        loop = Trainer(Settings(batch_size=4), processor=TOKENIZER, progress=False, owner=method, checkpoints=points, watch=watch)
+        method.forget(lm(), REQUEST, loop)
+        return method.history
+
+    with pytest.raises(KeyboardInterrupt):
+        go(tmp_path, 5)
+    assert go(tmp_path) == go(None)
 
 
 def test_only_parameters_that_match_are_trained() -> None:
