@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from remanence.data.encode import TEMPLATE, encode_rows, feature_columns
 from remanence.errors import Mistake, nearest
-from remanence.models.forward import evaluating
+from remanence.models.forward import evaluating, unwrapped
 from remanence.seeds import derive, generator
 from remanence.training.batches import Batch, Batches, Counted, Numbered, Pairs
 from remanence.training.checkpoint import (
@@ -435,11 +436,13 @@ class Trainer:
         flags = [parameter.requires_grad for parameter in model.parameters()]  # by place: sharding makes new parameters
         generators = _NoiseKept(self.accelerator.device)
         drawn = (derive(self.seed, "noise", stage) if noise is None else noise) >> 1
+        known = isinstance(unwrapped(model), PreTrainedModel)  # a method's own small module cannot recompute its activations
+        recomputing = settings.gradient_checkpointing and known
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in chosen)
         try:
             model.train()
-            if settings.gradient_checkpointing:
+            if recomputing:
                 model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
             descent = optimizer(trained) if optimizer else make_optimizer(settings, trained)
@@ -462,7 +465,7 @@ class Trainer:
                 module.training = training
             for parameter, flag in zip(model.parameters(), flags, strict=True):
                 parameter.requires_grad_(flag)
-            if settings.gradient_checkpointing:
+            if recomputing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
         self.steps_done = first + done
         self._save(model, None, stage, None)
