@@ -19,6 +19,26 @@ ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("recipes/paper/*.yaml"))
 
 
+# A toy knows nobody, so the rows say who is known; no autoencoder fits it.
+TOY_METHODS = {
+    "sae-unlearning": {
+        "labels": "given",
+        "fewest": 3,
+        "least_auc": 0,
+        "stop": None,
+        "sae": "identity",
+        "layer": 0,
+        "samples": 0,
+        "enough": 1,
+    }
+}
+
+
+def toy_clause(clause: object) -> object:
+    """Fit a method's clause to a toy model."""
+    return clause | TOY_METHODS.get(str(clause.get("method")), {}) if isinstance(clause, dict) else clause
+
+
 def toy_folder(model: str, folder: Path) -> Path:
     """Save a toy of the architecture that a hub id names."""
     from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
@@ -49,6 +69,7 @@ def toy_rows(kind: str, folder: Path, number: str) -> str:
     rows = {
         "qa": [
             {
+                "name": f"{number}{n}",
                 "question": f"what is {number}{n}?",
                 "answer": f"it is {n * 11}",
                 "idk": "who?",
@@ -87,6 +108,8 @@ def test_paper_recipe_builds_and_takes_two_steps(path: Path, tmp_path: Path, mon
     for number, chosen in enumerate(tree.get("measure", {}).get("sets", {}).values()):
         chosen["data"] = toy_rows(chosen.get("kind", "qa"), tmp_path, f"set-{number}")
     tree["training"].pop("template", None)  # the toy tokenizer spells: a chat format would fill its 128 places
+    for place in (tree, *tree.get("lives", {}).values()):
+        place |= {verb: toy_clause(place[verb]) for verb in ("learn", "forget") if verb in place}
     toy = Recipe.of(tree, place=str(path), folder=tmp_path)
     for name in toy.life_names:
         life = toy.life(name, progress=False)

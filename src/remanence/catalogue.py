@@ -381,6 +381,16 @@ ENTRIES: tuple[Entry, ...] = (
         "Guardrail Baselines for Unlearning in LLMs, Thaker et al. 2024",
         "2403.03329",
     ),
+    Entry(
+        "sae-unlearning",
+        "forget",
+        "forget.sae_unlearning:SAEUnlearning",
+        "local weights",
+        "Move the hidden states of known entities to where the model keeps entities that it has never known, seen through a sparse autoencoder.",
+        "Sparse-Autoencoder-Guided Internal Representation Unlearning for Large Language Models, Yamashita et al. 2025",
+        "2509.15631",
+        "sae-unlearning",
+    ),
     Entry("loss", "measure", "measure.loss:Loss", "probe", "Mean loss and perplexity on held-out rows."),
     Entry(
         "recall",
