@@ -48,6 +48,6 @@ def mean_kl(model: nn.Module, reference: nn.Module, batch: Batch) -> Float[Tenso
 
 def fingerprint(model: nn.Module) -> list[int]:
     """Return one number per parameter, the sum of its bits as integers: two models with the same list have, but for chance, the same weights."""
-    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     sums = [weight.detach().view(whole[weight.element_size()]).sum(dtype=torch.int64) for weight in model.parameters()]
     return torch.stack([number.cpu() for number in sums]).tolist() if sums else []
