@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -14,9 +13,7 @@ from remanence.measure.unlearning import (
     greedy_answers,
     interpolated,
     knowledge,
-    longest_common,
     retain_utility,
-    rouge_l,
     symmetric,
 )
 from remanence.stream import Moment
@@ -65,29 +62,6 @@ def test_the_reference_in_between_lies_on_a_straight_line() -> None:
     assert interpolated(0.9, 0.3, 300, 300) == pytest.approx(0.3)
     with pytest.raises(Mistake, match="301 of 300"):
         interpolated(0.9, 0.3, 301, 300)
-
-
-def test_rouge_l_by_hand() -> None:
-    said = ["the cat sat", "the Cat sat.", "on the mat", "", "a b c d", "x"]
-    true = ["the cat sat", "the cat sat", "the cat sat on the mat", "word", "a x c", "y"]
-    assert rouge_l(said, true) == pytest.approx([1, 1, 2 * 3 / 9, 0, 2 * 2 / 7, 0])
-    assert rouge_l(["", ""], ["", "."]).tolist() == [0, 0]
-    with pytest.raises(Mistake, match="1 texts against 2"):
-        rouge_l(["a"], ["a", "b"])
-
-
-def test_the_longest_common_subsequence_equals_the_textbook_table() -> None:
-    draws = np.random.default_rng(0)
-    first, second = draws.integers(0, 4, (20, 7)), draws.integers(0, 4, (20, 9))
-    first[:5, 4:], second[3:9, 2:] = -1, -1
-    found = longest_common(torch.from_numpy(first), torch.from_numpy(second))
-    for row in range(20):
-        a, b = [word for word in first[row] if word >= 0], [word for word in second[row] if word >= 0]
-        table = np.zeros((len(a) + 1, len(b) + 1), int)
-        for i, x in enumerate(a):
-            for j, y in enumerate(b):
-                table[i + 1, j + 1] = table[i, j] + 1 if x == y else max(table[i, j + 1], table[i + 1, j])
-        assert found[row] == table[-1, -1]
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

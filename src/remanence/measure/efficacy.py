@@ -21,23 +21,24 @@ from __future__ import annotations
 import functools
 import importlib.util
 import math
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import nn
 
 from remanence.data.encode import TEMPLATE
 from remanence.errors import Mistake
-from remanence.models.forward import evaluating, unwrapped
+from remanence.models.forward import evaluating
 from remanence.stream import Moment, Scores, check_rows
 from remanence.training.batches import IGNORED, Batches
 from remanence.training.pairing import refuse_shared_questions
+from remanence.training.rouge import rouge_l, words
 from remanence.training.scoring import check_size, encoded, item_names, per_row, token_scores, walk
+from remanence.training.writing import continuations
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -86,9 +87,10 @@ class Efficacy:
         """
         rows = encoded(self._kept, at.processor, self.rows, "qa", self.length, self.template)
         probability, nll = answer_probabilities(model, rows, at.processor.eos_token_id, self.batch_size)
-        said = at.processor.batch_decode(written(model, rows, at.processor, self.new_tokens, self.batch_size), skip_special_tokens=True)
+        written = continuations(model, prompts_of(rows), self.new_tokens, size=self.batch_size, processor=at.processor)
+        said = at.processor.batch_decode(written, skip_special_tokens=True)
         answers = list(self.rows.with_format(None)["answer"])
-        columns = {"probability": probability, "rouge_l": rouge_recall(answers, said)}
+        columns = {"probability": probability, "rouge_l": rouge_l(answers, said).recall}
         if self.similarity or (self.similarity is None and importlib.util.find_spec(ENCODER) is not None):
             columns["similarity"] = similarities(answers, said, encode_texts)
         columns["nll"] = nll
@@ -151,6 +153,13 @@ def harmonic_mean(values: Iterable[float]) -> float:
     return 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
+def prompts_of(rows: Batches) -> list[list[int]]:
+    """Return what stands before each row's first supervised token."""
+    inputs, labels = (rows.take(np.arange(rows.count))[name] for name in ("input_ids", "labels"))
+    starts = (labels != IGNORED).int().argmax(1).tolist()
+    return [row[:start] for row, start in zip(inputs.tolist(), starts)]
+
+
 def answer_probabilities(
     model: nn.Module, rows: Batches, end: int | None, size: int
 ) -> tuple[Float[np.ndarray, " N"], Float[np.ndarray, " N"]]:
@@ -168,59 +177,6 @@ def answer_probabilities(
             probability[numbers] = (per_row(found.logp.double().exp(), found.row, len(numbers)) / tokens).numpy()
             nll[numbers] = (-per_row(found.logp, found.row, len(numbers)) / tokens).numpy()
     return probability, nll
-
-
-def written(model: nn.Module, rows: Batches, processor: Any, new_tokens: int, size: int) -> list[list[int]]:
-    """Return what the model writes greedily behind each row's prompt, up to the end token; prompts of one length go together, so nothing is padded.
-
-    Raises:
-        Mistake: the model cannot generate.
-    """
-    core, end = unwrapped(model), processor.eos_token_id
-    if not callable(getattr(core, "generate", None)):
-        raise Mistake(type(core).__name__, "cannot generate text", "use a causal language model")
-    pad = processor.pad_token_id if processor.pad_token_id is not None else end
-    inputs, labels = (rows.take(np.arange(rows.count))[name] for name in ("input_ids", "labels"))
-    starts = (labels != IGNORED).int().argmax(1).numpy()
-    device = next(model.parameters()).device
-    said: list[list[int]] = [[] for _ in starts]
-    with evaluating(model):
-        for start in np.unique(starts):
-            same = np.flatnonzero(starts == start)
-            for first in range(0, len(same), size):
-                numbers = same[first : first + size]
-                asked = inputs[numbers, :start].to(device)
-                options = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, "eos_token_id": end, "pad_token_id": pad}
-                found = core.generate(input_ids=asked, attention_mask=torch.ones_like(asked), **options)  # type: ignore[operator]
-                for number, ids in zip(numbers, found[:, start:].tolist()):
-                    said[number] = ids[: ids.index(end)] if end in ids else ids
-    return said
-
-
-def words(text: str) -> list[str]:
-    """Return the lower-case runs of letters and digits."""
-    return re.findall(r"[^\W_]+", text.lower())
-
-
-def rouge_recall(answers: Sequence[str], said: Sequence[str]) -> Float[np.ndarray, " N"]:
-    """Return ROUGE-L recall of each pair: the longest common subsequence of words over the answer's words; 0 for an answer without words."""
-    known: dict[str, int] = {}
-    true, other = ([[known.setdefault(word, len(known)) for word in words(text)] for text in texts] for texts in (answers, said))
-    return common_subsequence(_padded(true, -1), _padded(other, -2)) / np.array([max(1, len(row)) for row in true])
-
-
-def common_subsequence(first: Int[np.ndarray, "B N"], second: Int[np.ndarray, "B M"]) -> Int[np.ndarray, " B"]:
-    """Return the length of each pair's longest common subsequence; what pads the two must differ. O(B N M), one vectorised step per column of the first."""
-    best = np.zeros((len(first), second.shape[1] + 1), np.int64)  # with each prefix of the second
-    for column in first.T:
-        match = np.where(second == column[:, None], best[:, :-1] + 1, best[:, 1:])
-        best[:, 1:] = np.maximum.accumulate(match, axis=1)
-    return best[:, -1]
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Int[np.ndarray, "B N"]:
-    width = max(map(len, rows), default=0)
-    return np.array([[*row, *[fill] * (width - len(row))] for row in rows], np.int64).reshape(len(rows), width)
 
 
 def distinct_2(texts: Sequence[str]) -> float:

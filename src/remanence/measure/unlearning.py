@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from remanence.data.encode import TEMPLATE
 from remanence.errors import Mistake
-from remanence.models.forward import evaluating, unwrapped
+from remanence.models.forward import evaluating
 from remanence.stream import Moment, Scores, check_rows
 from remanence.training.batches import Batches
+from remanence.training.rouge import rouge_l
 from remanence.training.scoring import check_size, encoded, item_names, per_row, token_scores, walk
+from remanence.training.writing import continuations
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,7 +78,7 @@ class Knowledge:
         said = greedy_answers(model, at.processor, prompts, self.most, self.batch_size)
         values = {
             "probability": np.exp(total / tokens),
-            "rouge": rouge_l(said, list(plain["answer"])),
+            "rouge": rouge_l(list(plain["answer"]), said).f1,
             "token_accuracy": hits / tokens,
         }
         items = [
@@ -89,25 +90,11 @@ class Knowledge:
 
 
 def greedy_answers(model: nn.Module, tokenizer: Any, prompts: Sequence[str], most: int, size: int = 64) -> list[str]:
-    """Return what greedy decoding writes after each prompt, without the prompt, up to the end token or `most` tokens; the longest prompts first."""
-    core, pad = unwrapped(model), tokenizer.pad_token_id or 0
+    """Return what greedy decoding writes after each prompt, without the prompt, up to the end token or `most` tokens."""
     ids = tokenizer(list(prompts), verbose=False)["input_ids"]
     ids = [row[:-1] if row[-1:] == [tokenizer.eos_token_id] and len(row) > 1 else row for row in ids]  # some tokenizers end every text
-    order, device = sorted(range(len(ids)), key=lambda number: -len(ids[number])), next(model.parameters()).device
-    answers = [""] * len(ids)
-    with evaluating(model):
-        for first in range(0, len(order), size):
-            rows = order[first : first + size]
-            width = len(ids[rows[0]])
-            padded = torch.tensor(
-                [[pad] * (width - len(ids[row])) + ids[row] for row in rows], device=device
-            )  # on the left, where HF wants it
-            mask = torch.tensor([[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in rows], device=device)
-            options = {"do_sample": False, "max_new_tokens": most, "pad_token_id": pad, "eos_token_id": tokenizer.eos_token_id}
-            out = core.generate(padded, attention_mask=mask, **options)[:, width:]  # type: ignore[operator]
-            for row, text in zip(rows, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
-                answers[row] = text.strip()
-    return answers
+    said = continuations(model, ids, most, size=size, processor=tokenizer)
+    return [text.strip() for text in tokenizer.batch_decode(said, skip_special_tokens=True)]
 
 
 def knowledge(probability: float, rouge: float, accuracy: float) -> float:
@@ -135,35 +122,3 @@ def interpolated(start: Any, end: Any, served: int, requests: int) -> Any:
     if not 0 <= served <= requests or requests < 1:
         raise Mistake("interpolated", f"{served} of {requests} requests", "count them from 0 to all")
     return start + (end - start) * served / requests
-
-
-def rouge_l(said: Sequence[str], true: Sequence[str]) -> Float[np.ndarray, " N"]:
-    """Return ROUGE-L F1 of each pair: 2PR/(P+R), P and R the longest common subsequence over the words of either; 0 where one has no word.
-
-    Words are runs of letters and digits in lower case, unstemmed, as in Google's rouge-score. O(N T^2), vectorised over pairs and over one of the texts.
-    """
-    if len(said) != len(true):
-        raise Mistake("rouge_l", f"{len(said)} texts against {len(true)}", "give one for each")
-    numbers: dict[str, int] = {}
-    first, second = (_words(texts, numbers) for texts in (said, true))
-    common = longest_common(first, second).numpy()
-    lengths = (first >= 0).sum(1).numpy() + (second >= 0).sum(1).numpy()
-    return np.divide(2.0 * common, lengths, out=np.zeros(len(said)), where=lengths > 0)  # 2PR/(P+R) with P = c/m, R = c/n is 2c/(m+n)
-
-
-def longest_common(first: Tensor, second: Tensor) -> Tensor:
-    """Return the length of the longest common subsequence of each pair of rows, (N, S) and (N, T), padded with -1 on the right."""
-    best = torch.zeros(len(first), second.shape[1] + 1, dtype=torch.int64)  # (N, 1+T): best[:, j] of the words so far and the first j
-    for word in first.T:
-        match = (second == word[:, None]) & (word[:, None] >= 0)
-        best[:, 1:] = torch.maximum(best[:, 1:], best[:, :-1] + match).cummax(1).values
-    return best[:, -1]
-
-
-def _words(texts: Sequence[str], numbers: dict[str, int]) -> Tensor:
-    """Return the words of each text as numbers, (N, T), padded with -1."""
-    import re
-
-    rows = [[numbers.setdefault(word, len(numbers)) for word in re.findall(r"[a-z0-9]+", text.lower())] for text in texts]
-    width = max(map(len, rows), default=0)
-    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int64).view(len(rows), width)

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 
 from remanence.errors import Mistake
 from remanence.forget.audit import AuditReport, AuditSettings, audit
-from remanence.forget.audit.extraction import continuations
 from remanence.forget.audit.picture import check_output, write_report
 from remanence.forget.audit.quantization import by_bitsandbytes, by_torchao, matrices, plain_copy, round_model
 from remanence.models.adapters import add_lora
 from remanence.models.load import load_model
 from remanence.stream import Request
 from remanence.training.trainer import Settings, Trainer
+from remanence.training.writing import continuations
 from toy import toy_classifier, toy_lm, toy_tokenizer
 
 TOKENIZER = toy_tokenizer()

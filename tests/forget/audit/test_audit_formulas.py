@@ -14,7 +14,7 @@ from scipy.stats import ks_2samp
 from sklearn.metrics import roc_auc_score
 
 from remanence.errors import Mistake
-from remanence.forget.audit.extraction import entropy, fluency, lcs, prompts_of, rouge_l, words
+from remanence.forget.audit.extraction import entropy, fluency, prompts_of
 from remanence.forget.audit.intervals import auc, auc_interval, bootstrap
 from remanence.forget.audit.membership import min_k, min_k_plus_plus, priv_leak, zlib_score, zlib_sizes
 from remanence.forget.audit.quality import kl
@@ -246,40 +246,6 @@ def test_kl_equals_its_sum() -> None:
 
 
 # ROUGE and fluency.
-
-
-def slow_lcs(first: list, second: list) -> int:
-    """The recursion of the definition, one cell at a time."""
-    table = [[0] * (len(second) + 1) for _ in range(len(first) + 1)]
-    for i, a in enumerate(first):
-        for j, b in enumerate(second):
-            table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
-    return table[-1][-1]
-
-
-def test_lcs_equals_the_recursion() -> None:
-    draws = np.random.default_rng(8)
-    first, second = draws.integers(0, 4, (50, 9)), draws.integers(0, 4, (50, 13))
-    assert lcs(first, second).tolist() == [slow_lcs(list(a), list(b)) for a, b in zip(first, second)]
-
-
-def test_rouge_l_recall_and_f1_equal_the_definition_on_ragged_texts() -> None:
-    draws = np.random.default_rng(9)
-    true, said = ([" ".join("abcd"[n] for n in draws.integers(0, 4, draws.integers(0, 9))) for _ in range(60)] for _ in range(2))
-    found = rouge_l(true, said)
-    for number, (a, b) in enumerate(zip(true, said)):
-        shared = slow_lcs(words(a), words(b))
-        recall, precision = shared / max(1, len(words(a))), shared / max(1, len(words(b)))
-        assert found.recall[number] == pytest.approx(recall)
-        assert found.precision[number] == pytest.approx(precision)
-        assert found.f1[number] == pytest.approx(2 * recall * precision / (recall + precision) if shared else 0)
-
-
-def test_rouge_l_by_hand() -> None:
-    found = rouge_l(["The Silver-Birch, company!", "x", ""], ["the birch COMPANY of old", "", "y"])
-    assert found.recall.tolist() == [3 / 4, 0, 0]
-    assert found.precision.tolist() == [3 / 5, 0, 0]
-    assert found.f1[0] == pytest.approx(2 * 0.75 * 0.6 / 1.35)
 
 
 def test_fluency_falls_where_a_text_repeats_itself() -> None:

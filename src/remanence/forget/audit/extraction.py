@@ -11,30 +11,21 @@ forward pass over the rows; then one step per generated token and batch.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
-from torch import nn
 
 from remanence.errors import Mistake
 from remanence.forget.audit.case import Case
-from remanence.models.forward import evaluating, positions
+from remanence.models.forward import positions
 from remanence.training.batches import IGNORED
 from remanence.training.memorisation import exact_memorisation, extraction_strength
-
-
-class Rouge(NamedTuple):
-    """ROUGE-L of N pairs."""
-
-    recall: Float[np.ndarray, " N"]
-    precision: Float[np.ndarray, " N"]
-    f1: Float[np.ndarray, " N"]
+from remanence.training.rouge import Rouge, rouge_l, words
+from remanence.training.writing import continuations
 
 
 class Writings:
@@ -115,68 +106,6 @@ def prompts_of(
         last = np.where(behind.any(1), behind.argmax(1), ids.shape[1])
     rows = ids.tolist()
     return [row[:start] for row, start in zip(rows, first)], [row[start:stop] for row, start, stop in zip(rows, first, last)]
-
-
-def continuations(model: nn.Module, prompts: Sequence[Sequence[int]], new_tokens: int, *, size: int, processor: Any) -> list[list[int]]:
-    """Continue prompts greedily, without the end token and what follows it.
-
-    Raises:
-        Mistake: the model cannot generate.
-    """
-    if not callable(getattr(model, "generate", None)):
-        raise Mistake(type(model).__name__, "has no `generate`", "wrap it as a Hugging Face causal language model")
-    lengths = np.array([len(prompt) for prompt in prompts])
-    device, end = next(model.parameters()).device, processor.eos_token_id
-    pad = processor.pad_token_id if processor.pad_token_id is not None else end
-    said: list[list[int]] = [[] for _ in prompts]
-    with evaluating(model):
-        for length in np.unique(lengths):
-            same = np.flatnonzero(lengths == length)
-            for first in range(0, len(same), size):
-                numbers = same[first : first + size]
-                asked = torch.tensor([prompts[number] for number in numbers], device=device)
-                found = model.generate(  # type: ignore[operator]
-                    input_ids=asked,
-                    attention_mask=torch.ones_like(asked),
-                    max_new_tokens=new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    eos_token_id=end,
-                    pad_token_id=pad,
-                )[:, length:].tolist()
-                for number, ids in zip(numbers, found):
-                    said[number] = ids[: ids.index(end)] if end in ids else ids
-    return said
-
-
-def rouge_l(true: Sequence[str], said: Sequence[str]) -> Rouge:
-    """Return ROUGE-L of each pair: LCS over words of the truth (recall), over words said (precision), their harmonic mean; 0 where either is empty."""
-    known: dict[str, int] = {}
-    first, second = ([[known.setdefault(word, len(known)) for word in words(text)] for text in texts] for texts in (true, said))
-    shared = lcs(_padded(first, -1), _padded(second, -2))
-    lengths = [np.array([max(1, len(row)) for row in rows]) for rows in (first, second)]
-    recall, precision = shared / lengths[0], shared / lengths[1]
-    return Rouge(recall, precision, 2 * recall * precision / np.maximum(recall + precision, 1e-300))
-
-
-def words(text: str) -> list[str]:
-    """Return the lower-case runs of letters and digits."""
-    return re.findall(r"[^\W_]+", text.lower())
-
-
-def lcs(first: Int[np.ndarray, "B N"], second: Int[np.ndarray, "B M"]) -> Int[np.ndarray, " B"]:
-    """Return the length of the longest common subsequence of each pair; pads of the two must differ. O(B N M), vectorised but for N."""
-    best = np.zeros((len(first), second.shape[1] + 1), np.int64)  # of the words so far against each prefix of the second
-    for column in first.T:
-        best[:, 1:] = np.maximum.accumulate(np.where(second == column[:, None], best[:, :-1] + 1, best[:, 1:]), axis=1)
-    return best[:, -1]
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Int[np.ndarray, "B N"]:
-    out = np.full((len(rows), max(map(len, rows), default=0)), fill, np.int64)
-    inside = np.arange(out.shape[1]) < np.array([len(row) for row in rows])[:, None]
-    out[inside] = [word for row in rows for word in row]
-    return out
 
 
 def fluency(texts: Sequence[str]) -> Float[np.ndarray, " N"]:
