@@ -46,7 +46,7 @@ def test_the_verdict_of_a_request_is_in_its_receipt_held_against_the_oracle(tmp_
     found = findings(place)
     assert found["verdict"] in ("forgotten", "hidden", "harmed", "over-forgotten", "not forgotten")
     assert found["reasons"]
-    assert any(item["against"] == "oracle" for item in found["findings"])
+    assert any(item["against"] == "the oracle" for item in found["findings"])
     assert not (place / "never-saw-it" / "models").exists()
     assert f"<strong>{found['verdict']}</strong>" in (place / "report.html").read_text()
 
@@ -54,7 +54,7 @@ def test_the_verdict_of_a_request_is_in_its_receipt_held_against_the_oracle(tmp_
 def test_without_an_oracle_the_model_before_is_all_there_is(tmp_path: Path) -> None:
     place = run_recipe(Recipe.of(TREE | {"lives": {}}), output=tmp_path / "out", progress=False, report=False)
     found = findings(place)
-    assert not any(item["against"] == "oracle" for item in found["findings"])
+    assert not any(item["against"] == "the oracle" for item in found["findings"])
 
 
 def test_an_audit_leaves_weights_and_scores_as_they_were(tmp_path: Path) -> None:
@@ -99,4 +99,4 @@ def test_forget_audits_against_a_given_oracle(tmp_path: Path, monkeypatch: pytes
         main()
     assert not ended.value.code
     receipt = json.loads((tmp_path / "a" / "receipt.json").read_text())
-    assert any(item["against"] == "oracle" for item in receipt["audit"]["findings"])
+    assert any(item["against"] == "the oracle" for item in receipt["audit"]["findings"])

@@ -142,7 +142,7 @@ def test_removal_effect_equals_the_loss_of_what_is_left() -> None:
 
 @pytest.mark.parametrize("kind", ["text", "qa"])
 def test_removing_a_chunk_equals_scoring_the_text_without_it(kind: str) -> None:
-    model, event = toy(), trainer()
+    model, event = toy("gpt2", dtype=torch.float64), trainer()  # not llama, whose norms round to fp32
     if kind == "text":
         chunks = cut_rows(Dataset.from_dict({"text": ["abcdefghijk", "lmno"]}), "text", 4)
         assert chunks.texts == ["abcd", "efgh", "ijk", "lmno"]
