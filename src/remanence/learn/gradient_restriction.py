@@ -31,9 +31,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from remanence.errors import Mistake, nearest
+from remanence.models.attention import plain_attention
 from remanence.stream import Task
 from remanence.training.batches import Batch
-from remanence.training.curvature import directional, plain_attention, refuse_once_differentiable, slopes
+from remanence.training.curvature import directional, refuse_once_differentiable, slopes
 from remanence.training.losses import nll
 from remanence.training.processes import is_sharded, world_size
 from remanence.training.trainer import Loss, Step, Trainer
@@ -88,7 +89,7 @@ class GradientRestriction:
             first = batches[0].to(trainer.accelerator.device)
             refuse_once_differentiable("gradient_restriction", model, nll, first, "set derivative: finite")
             if trainer.settings.accumulate * world_size() == 1:
-                with plain_attention():  # around the loop: what checkpointing recomputes on the way back must be the same
+                with plain_attention(model):  # around the loop: what checkpointing recomputes on the way back must be the same
                     return trainer.fit(model, batches, self.restricted)
         noise: list[list[Tensor]] = []  # the generators before each micro-batch of the step
 
@@ -100,7 +101,7 @@ class GradientRestriction:
             self._add_penalty(model, step, trainer, noise)
             noise.clear()
 
-        with plain_attention() if self.derivative == "exact" else nullcontext():
+        with plain_attention(model) if self.derivative == "exact" else nullcontext():
             return trainer.fit(model, batches, plain, after_backward=restrict)
 
     def restricted(self, model: nn.Module, batch: Batch) -> Float[Tensor, ""]:

@@ -6,15 +6,14 @@ Attention runs in its plain form meanwhile: the fused kernels have no second der
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from remanence.errors import Mistake
+from remanence.models.attention import plain_attention
 from remanence.models.forward import evaluating
 from remanence.training.batches import Batch
 from remanence.training.trainer import Loss
@@ -22,15 +21,10 @@ from remanence.training.trainer import Loss
 ONCE = ("is not implemented", "once_differentiable")  # how torch says that there is no second derivative
 
 
-def plain_attention() -> contextlib.AbstractContextManager[None]:
-    """Return a context in which attention runs in the form that has a second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
 def slopes(loss: Loss, model: nn.Module, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """Return a loss and its gradient by parameter in training, both still differentiable; parameters that it does not reach are left out."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    with torch.enable_grad(), plain_attention():
+    with torch.enable_grad(), plain_attention(model):
         value = loss(model, batch)
         found = torch.autograd.grad(value, list(trained.values()), create_graph=True, allow_unused=True)
     return value, {name: slope for name, slope in zip(trained, found) if slope is not None}
@@ -106,7 +100,7 @@ def _fails(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> b
 
     args, kwargs = tuple(map(free, args)), {name: free(value) for name, value in kwargs.items()}
     leaves = [value for value in (*args, *kwargs.values(), *layer.parameters()) if isinstance(value, Tensor) and value.requires_grad]
-    with torch.enable_grad(), plain_attention():
+    with torch.enable_grad(), plain_attention(layer):
         output = layer(*args, **kwargs)
         outputs = output if isinstance(output, tuple) else (getattr(output, "logits", output),)
         curved = [value.float().square().sum() for value in outputs if isinstance(value, Tensor) and value.requires_grad]
