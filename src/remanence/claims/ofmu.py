@@ -111,6 +111,7 @@ def judge(results: Results) -> Verdict:
     grid = [results.mean("ofmu" if name == "grid beta eta" else name, "kept") for name in GRID]
     weights = [results.mean(name, "kept") for name in LAMBDAS if name != "graddiff 0.2"]
     spread, rival_spread = max(grid) - min(grid), max(weights) - min(weights)
+    late = results["ofmu", "end kept"] - results["ofmu beta 0", "end kept"]
     cost = results.mean("ofmu", "seconds per step") / results.mean("graddiff", "seconds per step")
     listed = ", ".join(f"{value:+.2f}" for value in gain)
     reasons = (
@@ -123,6 +124,8 @@ def judge(results: Results) -> Verdict:
         f"no claim against a well-weighted baseline: gradient difference with lambda 3 keeps {results.mean('graddiff x3', 'kept'):.2f}, "
         f"NPO with alpha 4 {results.mean('npo x4', 'kept'):.2f}; OFMU with five outer steps per round {results.mean('ofmu outer 5', 'kept'):.2f} "
         f"(without decorrelation {results.mean('ofmu beta 0 outer 5', 'kept'):.2f})",
+        f"at the end of the 60 forget gradients decorrelation keeps {', '.join(f'{value:+.2f}' for value in late)} more (no claim: forgetting is not equal "
+        f"there, mean probability {results.mean('ofmu', 'end forget'):.3f} against {results.mean('ofmu beta 0', 'end forget'):.4f})",
         f"an OFMU step, outer ones counted in, takes {cost:.1f} times the processor time of a gradient-difference step",
     )
     if failed >= 2:
@@ -144,7 +147,11 @@ CLAIM = Claim(
         "0.42 and 0.40 are p-values over 40 questions: not a difference. The baselines' figures are those of an untuned reproduction.",
     ),
     show=("kept", "cities", "reached", "forget gradients", "end forget", "end kept", "end cities", "seconds per step", "cosine"),
-    minutes=15,
+    minutes=30,
     long=True,
-    notes=("Steps of unit length for all arms; beta, rho and step lengths are this project's, since the paper's were not at hand.",),
+    notes=(
+        "Steps of unit length for all arms; beta, rho and step lengths are this project's, since the paper's were not at hand.",
+        "Tried besides, after the verdict: without the cap of the forget loss, kept in seeds 0, 1, 2 is 0.85, 0.88, 0.61 with decorrelation and 0.70, 0.80, 0.60 "
+        "without; the claim would fail there too.",
+    ),
 )
