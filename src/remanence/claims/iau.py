@@ -249,6 +249,8 @@ def judge(results: Results) -> Verdict:
         + ", ".join(f"{arm[2:]} {part.mean():.0%}" for arm, part in zip(restricted, wins)),
         f"the correction alone changes KL to the retrained model by {kl_change.mean():+.3f} nats and the accuracy on what stays by "
         f"{100 * retain_change.mean():+.2f} points (falsified if both are for the worse)",
+        "the correction lowers KL in "
+        + ", ".join(f"{int((kl_change[:, n] < 0).sum())} of {kl_change[:, n].size} cells of {name}" for n, name in enumerate(STEPS)),
         "one request against retraining: "
         + ", ".join(f"{arm[2:]} {value:.0f} times faster" for arm, value in speed.items())
         + " (claimed: 30)",
@@ -284,10 +286,9 @@ CLAIM = Claim(
         "No other table value was available for this record.",
     ),
     show=(
-        "cos influence", "cos iau", "cos ascent", "cos adam", "safe rate", "test before", "kl before", "kl gc sgd 0.05", "kl ia sgd 0.05", "kl gc sgd 0.2", "kl ia sgd 0.2",
-        "test gc sgd 0.05", "test gc sgd 0.2", "kl gc adam 1e-3", "kl ia adam 1e-3", "auc before", "auc gc sgd 0.05", "gradient p99", "seconds request", "seconds retraining",
+        "cos influence", "cos iau", "cos ascent", "cos adam", "safe rate", "kl before", "kl gc sgd 0.05", "kl ia sgd 0.05", "kl gc adam 3e-3", "kl ia adam 3e-3",
+        "test before", "test gc sgd 0.05", "auc before", "auc gc sgd 0.05",
     ),
-    minutes=8,
-    long=True,
+    minutes=4,
     notes=("`a` is the strength of the gradient restriction; rows to be forgotten are mislabelled, for typical rows of a converged model one step changes hardly anything.",),
 )  # fmt: skip

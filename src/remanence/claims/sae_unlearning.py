@@ -3,9 +3,10 @@
 `desk:town` knows 100 people, the cities and the companies, and says "I do not know" of 260 strangers, and so of about 70 % of names that it has never met.
 Each seed forgets six other people. Known are the other 94, unknown are 100 people of names never met, as far as the model's own answers agree. A linear
 probe on the states of the original model tells the two apart; every arm's targets are scored by it and by a probe fitted anew on the arm's model.
-Every baseline ends as soon as at most 5 % of the targets' facts are recalled. The method's `alpha` and `margin` and the baselines' rates (RMU's layer and c
-too) were chosen on seeds 10 and 11 and on seed 10, which are not the claim's; the method with its defaults is an arm beside. `relearned` is the recall of four
-targets behind 20 steps on the facts of the other two.
+The method ends when the first probe no longer tells its targets from the unknown, so that probe's AUC is partly its own doing: the fresh probe and the
+paraphrases, which neither training nor stopping looks at, stand beside it. Every baseline ends as soon as at most 5 % of the targets' facts are recalled.
+`alpha` and `margin` were chosen on seeds 10 and 11, the baselines' rates (and RMU's layer and c) on seed 10; none of these is the claim's, and the method
+with its defaults is an arm beside. `relearned` is the recall of four targets behind 20 steps on the facts of the other two.
 """
 
 from __future__ import annotations
@@ -165,8 +166,10 @@ def judge(results: Results) -> Verdict:
     kept = np.abs(results[arm, "known vs unknown"] - results["original", "known vs unknown"]).max()
     reasons = (
         f"AUC of target against unknown {results.mean(arm, auc):.2f} ({', '.join(f'{value:.2f}' for value in read[arm])}), of the original "
-        f"{results.mean('original', auc):.2f} (claimed: within 0.35 and 0.60; falsified above 0.65 in 2 of 3 seeds); by a probe fitted anew "
-        f"{results.mean(arm, f'retrained/{auc}'):.2f}, in other words {results.mean(arm, f'paraphrases/{auc}'):.2f}",
+        f"{results.mean('original', auc):.2f} (claimed: within 0.35 and 0.60; falsified above 0.65 in 2 of 3 seeds)",
+        f"what the stopping rule does not look at: by a probe fitted anew {results.mean(arm, f'retrained/{auc}'):.2f}, in other words "
+        f"{results.mean(arm, f'paraphrases/{auc}'):.2f} (original {results.mean('original', f'paraphrases/{auc}'):.2f}), by a probe fitted anew in other words "
+        f"{results.mean(arm, f'paraphrases/retrained/{auc}'):.2f}",
         f"known against unknown moves by at most {kept:.3f} (claimed: 0.03)",
         f"abstains on {100 * results.mean(arm, 'abstains'):.0f} % of the targets' questions (claimed: at least 60 %), recalls "
         f"{100 * results.mean(arm, 'target'):.0f} %, in other words {100 * results.mean(arm, 'target, other words'):.0f} %",
