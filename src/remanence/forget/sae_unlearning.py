@@ -21,6 +21,7 @@ L_ret = hold \|h_l(x_r) - h_l0(x_r)\|^2 / var + NLL(x_r).
 
 Differs from the paper: only its abstract was available; loss, layers and constants are ours, known and unknown after Ferrando et al. (arXiv 2411.14257).
 Retain rows without a name are held and not compared. NLL is over supervised tokens. mmd and sliced compare the targets of each micro-batch.
+Stopping looks at the first probe on the questions: judge by the retrained one and the paraphrases in the note `sae-unlearning`, and by what the model says.
 Steps and rate are the trainer's (the desk: 150 steps of 16, rate 5e-4); an epoch is a pass over the forget rows. Cost: the answers of all candidates, the
 autoencoder, then per step a forward pass of l blocks with gradients, one of the whole model, and one of l blocks as they were, of which a copy is held.
 """
