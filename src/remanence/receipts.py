@@ -205,6 +205,15 @@ def read_receipt(path: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(receipt, dict) or receipt.get("kind") != "forgetting" or receipt.get("format") != FORMAT:
         raise Mistake(path, "is no receipt of a request", "name a receipt that `remanence run` or `remanence forget` wrote")
+    asked = receipt.get("asked")
+    forget = asked.get("forget") if isinstance(asked, dict) else {}
+    held = {"run": (receipt.get("run"), str), "event": (receipt.get("event"), int), "weights": (receipt.get("weights"), dict)}
+    held |= {"asked": (asked if asked is not None else {}, dict), "asked.forget": (forget if forget is not None else {}, dict)}
+    wrong = next((name for name, (value, kind) in held.items() if not isinstance(value, kind)), None)
+    if wrong is not None:
+        raise Mistake(
+            path, f"'{wrong}' is not what a receipt holds there", "name a receipt that `remanence run` or `remanence forget` wrote"
+        )
     return receipt
 
 

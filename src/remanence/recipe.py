@@ -336,6 +336,7 @@ class Recipe(_Strict):
         """
         from remanence.life import Deed, Life
         from remanence.models.load import load_model
+        from remanence.stream import Request
 
         if name not in self.life_names:
             raise Mistake("lives", f"there is no life '{name}'", nearest(name, self.life_names))
@@ -347,6 +348,10 @@ class Recipe(_Strict):
         probes = self.probes(events)
         _refuse_misfit(deeds, loaded.model, loaded.processor)
         refuse_unreadable(deeds, probes, loaded.model, loaded.processor)
+        auditor = self.auditor(progress=progress)
+        if auditor is not None:
+            for request in (event for event in events if isinstance(event, Request)):
+                auditor.check(loaded.model, request, None, loaded.processor)
         return Life(
             deeds,
             loaded.model,
@@ -362,7 +367,7 @@ class Recipe(_Strict):
             oracle=self.lives.get(name, LifeClause()).oracle,
             description={"recipe": self.model_dump(mode="json")},
             trust_remote_code=self.trust_remote_code,
-            auditor=self.auditor(progress=progress),
+            auditor=auditor,
             progress=progress,
         )
 

@@ -76,6 +76,7 @@ def run_recipe(
     from remanence.ledger import Ledger
     from remanence.life import without_forgotten
     from remanence.receipts import local_key, write_receipts
+    from remanence.stream import Request
     from remanence.training.processes import by_main, from_main, rank
 
     place = output or recipe.place
@@ -95,6 +96,9 @@ def run_recipe(
         from remanence.recipe import expand
 
         given = load_model(expand(oracle_model), trust_remote_code=recipe.trust_remote_code).model
+        for deed in first.deeds:
+            if first.auditor is not None and isinstance(deed.event, Request):
+                first.auditor.check(first.model, deed.event, given, first.processor)
     main, path = rank() == 0, place / LEDGER
     ledger: Ledger | None = None  # the main process alone has one
     with contextlib.ExitStack() as held:

@@ -267,6 +267,10 @@ class Forgetter(Protocol):
 class Auditor(Protocol):
     """Attack a served request; the models stay as they are."""
 
+    def check(self, model: nn.Module, request: Request, oracle: nn.Module | None, processor: Any) -> None:
+        """Refuse, with a `Mistake`, what could not be audited; asked before anything is written."""
+        ...
+
     def audit(self, model: nn.Module, request: Request, original: nn.Module, oracle: nn.Module | None, at: Moment) -> dict[str, Any]:
         """Return what was found, as plain JSON without clock times.
 

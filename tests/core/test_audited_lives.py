@@ -12,8 +12,10 @@ import pytest
 from remanence.cli import main
 from remanence.errors import Mistake
 from remanence.ledger import Ledger
+from remanence.models.load import save_model
 from remanence.recipe import Recipe
 from remanence.runs import run_recipe
+from toy import toy_lm, toy_tokenizer
 
 TREE: dict[str, Any] = {
     "name": "audited",
@@ -100,3 +102,14 @@ def test_forget_audits_against_a_given_oracle(tmp_path: Path, monkeypatch: pytes
     assert not ended.value.code
     receipt = json.loads((tmp_path / "a" / "receipt.json").read_text())
     assert any(item["against"] == "the oracle" for item in receipt["audit"]["findings"])
+
+
+def test_what_cannot_be_audited_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """Hold-out rows that were trained on, and an oracle of another kind."""
+    seen = [TREE["events"][0], TREE["events"][1] | {"holdout": {"digits": {"classes": [0, 1]}, "limit": 60}}]
+    with pytest.raises(Mistake, match="holdout stand in the retain set too"):
+        run_recipe(Recipe.of(TREE | {"events": seen}), output=tmp_path / "out", progress=False)
+    save_model(toy_lm("llama"), toy_tokenizer(), tmp_path / "lm")
+    with pytest.raises(Mistake, match="audit, oracle: is a language model, the rows are of kind 'classes'"):
+        run_recipe(Recipe.of(TREE), output=tmp_path / "out", progress=False, oracle_model=str(tmp_path / "lm"))
+    assert not (tmp_path / "out").exists()

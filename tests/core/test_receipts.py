@@ -163,7 +163,19 @@ def test_a_ledger_that_says_otherwise_is_named_by_the_key_that_differs(tmp_path:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(None, "does not exist"), ("{", "cannot be read as JSON"), ("[]", "is no receipt"), ('{"kind": "forgetting"}', "is no receipt")],
+    [
+        (None, "does not exist"),
+        ("{", "cannot be read as JSON"),
+        ("[]", "is no receipt"),
+        ('{"kind": "forgetting"}', "is no receipt"),
+        ('{"format": 1, "kind": "forgetting", "run": {}, "event": 1, "weights": {}}', "'run' is not what"),
+        ('{"format": 1, "kind": "forgetting", "run": "a", "event": 1, "weights": {}, "asked": 3}', "'asked' is not what"),
+        (
+            '{"format": 1, "kind": "forgetting", "run": "a", "event": 1, "weights": {}, "asked": {"forget": []}}',
+            "'asked.forget' is not what",
+        ),
+        ('{"format": 1, "kind": "forgetting", "run": "a", "event": 1, "weights": 5}', "'weights' is not what"),
+    ],
 )
 def test_what_is_no_receipt_is_refused(
     content: str | None, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -217,6 +229,9 @@ class Spy:
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, str | None]] = []
+
+    def check(self, model: nn.Module, request: Request, oracle: nn.Module | None, processor: Any) -> None:
+        """Take everything."""
 
     def audit(self, model: nn.Module, request: Request, original: nn.Module, oracle: nn.Module | None, at: Moment) -> dict[str, Any]:
         self.seen.append((weights_hash(model), weights_hash(original), weights_hash(oracle) if oracle is not None else None))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from remanence.forget.audit.run import audit
+from remanence.forget.audit.run import audit, check
 from remanence.forget.audit.settings import AuditSettings
 from remanence.stream import Moment, Request
 
@@ -23,6 +23,14 @@ class RequestAuditor:
 
     settings: AuditSettings = field(default_factory=AuditSettings)
     progress: bool = True
+
+    def check(self, model: nn.Module, request: Request, oracle: nn.Module | None, processor: Any) -> None:
+        """Refuse models and rows that do not fit each other.
+
+        Raises:
+            Mistake: see `audit`.
+        """
+        check(request, {"model": model} | ({"oracle": oracle} if oracle is not None else {}), processor)
 
     def audit(self, model: nn.Module, request: Request, original: nn.Module, oracle: nn.Module | None, at: Moment) -> dict[str, Any]:
         """Return the report as plain JSON, see `audit`."""
