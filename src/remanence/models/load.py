@@ -338,7 +338,7 @@ def _config(source: Path | str, trust: bool) -> Any:
 
     from remanence.models import desk_vision, ensemble, guarded
 
-    for ours in (desk_vision, ensemble, guarded):
+    for ours in (desk_vision, ensemble, guarded, importlib.import_module("remanence.memory.architectures")):
         ours.register()
     if isinstance(source, Path):
         _json(source / "config.json" if source.is_dir() else source)
