@@ -70,6 +70,11 @@ def main() -> None:
         sys.exit(141)
     except OSError as error:
         _fail(f"{error.filename or 'system'}: {error.strerror or error}; check the path, its permissions and the free space")
+    finally:
+        if "torch.distributed" in sys.modules:
+            from remanence.training.processes import leave
+
+            leave()
 
 
 def _note(message: Any, category: type[Warning], filename: str, *_: object, **__: object) -> None:

@@ -162,3 +162,20 @@ def test_mistake_that_the_main_process_sees_ends_both_with_one_sentence(place: P
     ]
     assert "(exitcode: 2)" in ended.stderr
     assert "Error:" not in ended.stderr.split("torch.distributed.elastic")[0]
+
+
+def test_no_thread_of_the_group_outlives_the_work(place: Path) -> None:
+    """A thread that still runs while the interpreter ends aborts the process, once in many runs."""
+    (place / "threads.py").write_text(
+        "import os\n"
+        "from remanence.training.processes import from_main, leave, rank\n"
+        "own = lambda: {open(f'/proc/self/task/{task}/comm').read().strip() for task in os.listdir('/proc/self/task')}\n"
+        "from_main(rank())\n"
+        "during = own()\n"
+        "leave()\n"
+        "left = sorted(name for name in own() if 'gloo' in name)\n"
+        "os.write(1, f'{any(\"gloo\" in name for name in during)} {left}\\n'.encode())\n"  # in one piece: both write to it
+    )
+    ended = run(torchrun("threads.py"), place)
+    assert ended.returncode == 0, ended.stderr[-6000:]
+    assert sorted(ended.stdout.split("\n")) == ["", "True []", "True []"]

@@ -198,6 +198,12 @@ def say_once(say: Callable[[], None]) -> None:
         return
 
 
+def leave() -> None:
+    """Leave the group, if there is one: its threads must have ended before the interpreter does, or the process may abort after its work is done."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def start_missing() -> None:
     """Start the processes that `accelerate launch --cpu --num_processes N` only announces, wait for them, and exit with the first failure's code.
 
