@@ -7,6 +7,7 @@ import pytest
 
 from remanence.errors import Mistake
 from remanence.report.picture import write_picture
+from remanence.report.series import NAMES
 from remanence.report.tables import numbers
 from remanence.report.text import shown
 
@@ -33,6 +34,18 @@ def test_forget_sets_are_dashed_and_named(ledger_path, tmp_path):
     final = next(row for row in numbers([ledger_path])["requests"] if row["part"] == "forget")["lives"][1]["final"]
     assert f"friday-erasure {shown(final['mean'], True)}" in source
     assert ">plain<" not in source
+
+
+def test_many_forget_sets_are_drawn_together(ledger_path, tmp_path, monkeypatch):
+    report = numbers([ledger_path])
+    life = next(life for life in report["lives"] if life["life"] == "replay")
+    forget = next(curve for curve in life["curves"] if curve["subject"] == "friday-erasure/forget")
+    monkeypatch.setattr("remanence.report.picture.numbers", lambda _: report)
+    life["series"] = [{**forget, "subject": name} for name in NAMES]
+    source = write_picture(ledger_path, tmp_path / "a.svg", lives=["replay"]).read_text(encoding="utf-8")
+    assert all(f">{name} " in source for name in NAMES)
+    assert "friday-erasure 0" not in source
+    assert f"friday-erasure {shown(forget['points'][-1]['mean'], True)}" not in source
 
 
 def test_mistakes_are_refused(ledger_path, tmp_path):

@@ -8,11 +8,13 @@ from typing import Any
 
 from remanence.errors import Mistake
 from remanence.report import draw, text
+from remanence.report.series import NAMES
 from remanence.report.tables import numbers
 from remanence.storage import whole_file
 
 INK, SOFT, RULE, ERASE = "#16191d", "#5b636e", "#d9dde3", "#d55e00"
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#16191d")  # Okabe and Ito, without the colour of the forget sets
+SERIES = ("#8c3d00", ERASE, "#f0a36b")  # forget sets that were asked for before, are asked for now, are not yet
 SIDES = 2
 
 
@@ -101,6 +103,8 @@ def _figure(report: dict[str, Any], lives: list[dict[str, Any]]) -> Any:
             axes.axvspan(low, high, color="#fbe9df" if forget else ("#f6f8fa", "#eef1f5")[number % 2], linewidth=0, zorder=0)
             words = draw.cut(event["name"], max(int((high - low) * 1600 * (width - label - 0.02) / 7.6), 1)) if high - low > 0.13 else ""
             head = f"{event['event']} {'forget' if forget and words else event['verb'] if words else ''}".strip()
+            if high - low < 0.04 and number % 10 != 9:  # of a long row of events every tenth is named
+                continue
             shade = ERASE if forget else SOFT
             heading: dict[str, Any] = {"transform": axes.get_xaxis_transform(), "ha": "center", "color": shade, "fontsize": 9.5}
             axes.text((low + high) / 2, 1.045, head, **heading)
@@ -113,16 +117,17 @@ def _lines(axes: Any, life: dict[str, Any], time: draw.Timeline, measure: dict[s
     """Draw a life's curves and write each one's name at its end, no two on top of each other."""
     events = [event["event"] for event in life["events"]]
     labels = []
-    for curve in life["curves"]:
-        role = roles[curve["subject"]]
+    many = [curve for curve in life["series"] if (curve["probe"], curve["metric"]) == (measure["probe"], measure["metric"])]
+    for curve in [*life["curves"], *many]:
+        role = roles.get(curve["subject"], {"part": "forget", "request": curve["subject"]})
         if (curve["probe"], curve["metric"]) != (measure["probe"], measure["metric"]) or role["part"] not in (None, "forget"):
             continue
         found = [point for point in curve["points"] if point["mean"] is not None]
-        if not found:
-            continue
         forget = role["part"] == "forget"
+        if not found or (many and forget and curve not in many):  # many forget sets are drawn together, or no one sees any
+            continue
         number = 0 if forget else known.index(curve["subject"])
-        shade = ERASE if forget else PALETTE[number % len(PALETTE)]
+        shade = (SERIES[NAMES.index(curve["subject"])] if many else ERASE) if forget else PALETTE[number % len(PALETTE)]
         x = [0.0 if point["event"] == 0 else time.at(point["x"], events.index(point["event"])) for point in found]
         y = [point["mean"] for point in found]
         half = [point["half"] or 0.0 for point in found]
