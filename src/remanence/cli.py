@@ -300,6 +300,80 @@ def audit(
 
 
 @app.command()
+def remember(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a language model with a memory.")],
+    text: Annotated[str, typer.Argument(help="Text file to read, or - for the standard input.")],
+    out: Annotated[Path, typer.Option("--out", help="File of the state (.safetensors).")],
+    state: Annotated[Path | None, typer.Option(help="State to go on from; by default the model's beginning.")] = None,
+    seed: Seed = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Let a model with a memory read a text, and save what it holds of it: a file of constant size however long the text is.
+
+    Example: `remanence remember runs/titans/careful/model book.txt --out book.safetensors`
+    """
+    from remanence.memory.lm_state import LMState
+    from remanence.recipe import expand
+    from remanence.remembering import load_reader, read_text
+    from remanence.remembering import remember as read
+
+    words = read_text(text)
+    begun = LMState.load(state) if state is not None else None
+    held = read(load_reader(expand(model), seed=seed), words, begun, progress=not quiet)
+    held.save(out)
+    print(f"{out}: {held.seen:,} tokens in {held.bytes / 2**20:.2f} MiB")
+
+
+@app.command()
+def ask(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a language model with a memory.")],
+    prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
+    state: Annotated[Path | None, typer.Option(help="What it remembers (from `remanence remember`); the file is left as it is.")] = None,
+    tokens: Annotated[int, typer.Option(help="Length of the answer, at most.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the most likely token each time; above: drawn.")] = 0.0,
+    seed: Seed = 0,
+) -> None:
+    """Ask a model with a memory: continue a prompt from what it remembers.
+
+    Example: `remanence ask runs/titans/careful/model "Who is Juliet?" --state book.safetensors --tokens 40`
+    """
+    from remanence.memory.lm_state import LMState
+    from remanence.recipe import expand
+    from remanence.remembering import ask as answer
+    from remanence.remembering import load_reader
+
+    held = LMState.load(state) if state is not None else None
+    print(answer(load_reader(expand(model), seed=seed), prompt, held, tokens=tokens, temperature=temperature, seed=seed))
+
+
+@app.command()
+def watch(
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a language model with a memory.")],
+    text: Annotated[str, typer.Argument(help="Text file to read, or - for the standard input.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="Picture (.png, .svg), page with the coloured text (.html), or numbers (.csv, .json).")
+    ],
+    state: Annotated[Path | None, typer.Option(help="What it remembers already.")] = None,
+    seed: Seed = 0,
+) -> None:
+    """Show what a memory does while it reads: how surprised it is by each token, how strongly it writes, how much it forgets.
+
+    Example: `remanence watch runs/titans/careful/model page.txt --out page.html`
+    """
+    from remanence.memory.lm_state import LMState
+    from remanence.recipe import expand
+    from remanence.remembering import load_reader, read_text
+    from remanence.remembering import watch as look
+    from remanence.report.watch import check_output, write_watch
+
+    check_output(out)
+    words = read_text(text)
+    begun = LMState.load(state) if state is not None else None
+    title = f"What the memory of {Path(model).name} did while it read {Path(text).name if text != '-' else 'the standard input'}"
+    print(write_watch(look(load_reader(expand(model), seed=seed), words, begun, title=title), out))
+
+
+@app.command()
 def report(
     ledger: Annotated[list[Path], typer.Argument(help="Ledgers that runs wrote.")],
     out: Annotated[Path | None, typer.Option("--out", help="File; by default report.html (or .md, .json) beside the first ledger.")] = None,

@@ -1,0 +1,116 @@
+"""Reading with a language model that has a memory: what the commands `remember`, `ask` and `watch` do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from remanence.errors import Mistake
+from remanence.models.load import Loaded, load_model
+from remanence.report.watch import Watched, watched
+
+PIECE = 1 << 16  # characters that are tokenised at a time
+
+
+def load_reader(spec: str, *, seed: int = 0) -> Loaded:
+    """Load a language model with a memory and its tokenizer.
+
+    Raises:
+        Mistake: the model has no memory that learns while it reads, or no tokenizer.
+    """
+    loaded = load_model(spec, seed=seed)
+    if not hasattr(loaded.model, "remember"):
+        remedy = (
+            "train one with a memory (recipes/quick/titans.yaml), or give this one back what leaves its window (remanence.memory.reweaving)"
+        )
+        raise Mistake(spec, "has no memory that learns while it reads", remedy)
+    if loaded.processor is None:
+        raise Mistake(spec, "has no tokenizer beside it", "copy the tokenizer's files into its folder")
+    return loaded
+
+
+def _model(loaded: Loaded) -> Any:
+    return loaded.model
+
+
+def read_text(source: str) -> str:
+    """Return the text of a file, or of the standard input for `-`.
+
+    Raises:
+        Mistake: there is no such file, it is not UTF-8, or it is empty.
+    """
+    try:
+        text = sys.stdin.read() if source == "-" else Path(source).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise Mistake(source, "does not exist", "name a text file, or - for the standard input") from error
+    except IsADirectoryError as error:
+        raise Mistake(source, "is a folder", "name a text file") from error
+    except UnicodeDecodeError as error:
+        raise Mistake(source, f"is not UTF-8 (byte {error.start})", "convert it") from error
+    if not text:
+        raise Mistake(source, "is empty", "give a text to read")
+    return text
+
+
+def remember(loaded: Loaded, text: str, state: Any = None, *, progress: bool = True) -> Any:
+    """Return the state behind a text, read in pieces cut at line ends, so that the working memory does not grow with it."""
+    from remanence.training.progress import bar
+
+    shown = bar("reads", len(text)) if progress and sys.stderr.isatty() else None
+    done = 0
+    try:
+        for piece in pieces(text):
+            state = _model(loaded).remember(piece, loaded.processor, state)
+            done += len(piece)
+            if shown is not None:
+                shown.show(done, f"{state.seen:,} tokens, state {state.bytes / 2**20:.1f} MiB")
+    finally:
+        if shown is not None:
+            shown.stop()
+    return state
+
+
+def pieces(text: str, size: int = PIECE) -> Iterator[str]:
+    """Yield the text in pieces of about `size` characters, cut behind line ends or spaces where there are some."""
+    first = 0
+    while first < len(text):
+        last = min(first + size, len(text))
+        if last < len(text):
+            cut = max(text.rfind("\n", first, last), -1)
+            cut = cut if cut > first else text.rfind(" ", first, last)
+            last = cut + 1 if cut > first else last
+        yield text[first:last]
+        first = last
+
+
+def ask(loaded: Loaded, prompt: str, state: Any = None, *, tokens: int = 64, temperature: float = 0.0, seed: int = 0) -> str:
+    """Return the continuation of a prompt, greedily or sampled; the state is left as it is."""
+    if tokens < 1:
+        raise Mistake("--tokens", f"must be 1 or more, got {tokens}", "correct the value")
+    if temperature < 0:
+        raise Mistake("--temperature", f"must be 0 or more, got {temperature}", "0 takes the most likely token")
+    how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # generate draws from the global generator, which is put back
+        return str(_model(loaded).ask(prompt, state, loaded.processor, max_new_tokens=tokens, **how))
+
+
+def watch(loaded: Loaded, text: str, state: Any = None, *, title: str = "", limit: int = 4096) -> Watched:
+    """Return what each memory did at each token of a text.
+
+    Raises:
+        Mistake: the text has more tokens than `limit`: nobody could look at it.
+    """
+    encoded = loaded.processor(text, add_special_tokens=False)["input_ids"]
+    if len(encoded) > limit:
+        raise Mistake(
+            "text",
+            f"has {len(encoded)} tokens, at most {limit} are watched at a time",
+            "remember the first part, watch the rest with --state",
+        )
+    found = _model(loaded).watch(encoded, state)
+    return watched([loaded.processor.decode([token]) for token in encoded], found, title)
