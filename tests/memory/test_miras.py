@@ -608,6 +608,9 @@ def test_presets_are_the_papers() -> None:
     assert [found["yaad"][key] for key in ("memory", "bias", "retention", "optimizer")] == ["mlp2", "huber_mixed", "l2", "gd"]
     assert [found["memora"][key] for key in ("memory", "bias", "retention", "optimizer", "c")] == ["mlp2", "l2", "kl", "gd", 1.0]
     assert all(settings["chunk"] == 8 for settings in found.values())
+    for name, settings in found.items():
+        assert MirasMemory(8, 2, chunk=8, preset=name).settings == settings | {"preset": name}
+    assert moneta(8, mode="exact").settings["mode"] == "exact"
 
 
 def test_own_bias_and_own_retention_run_through_the_engine() -> None:
@@ -652,6 +655,7 @@ def test_own_bias_and_own_retention_run_through_the_engine() -> None:
         ({"gates": "token"}, "no gates"),
         ({"mode": "fast"}, "no mode"),
         ({"link": "mirrored"}, "no link"),
+        ({"preset": "yad"}, "did you mean 'yaad'"),
         ({"heads": 3}, "not divisible"),
         ({"chunk": 0}, "at least 1"),
         ({"max_step": 0.0}, "above 0"),

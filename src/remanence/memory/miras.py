@@ -42,9 +42,11 @@ from remanence.memory.state import MemoryState, check_input
 
 WIDTH = 4  # of the convolution
 EXPANSION = 4
-MONETA: dict[str, Any] = {"bias": "lp", "p": 3.0, "retention": "lq", "q": 4.0, "mode": "boundary"}
-YAAD: dict[str, Any] = {"bias": "huber_mixed", "retention": "l2"}
-MEMORA: dict[str, Any] = {"bias": "l2", "retention": "kl"}
+PRESETS: dict[str, dict[str, Any]] = {
+    "moneta": {"memory": "mlp2", "bias": "lp", "p": 3.0, "retention": "lq", "q": 4.0, "optimizer": "gd", "mode": "boundary"},
+    "yaad": {"memory": "mlp2", "bias": "huber_mixed", "retention": "l2", "optimizer": "gd"},
+    "memora": {"memory": "mlp2", "bias": "l2", "retention": "kl", "optimizer": "gd"},
+}
 KEEP = 4.0  # sigmoid(4) = 0.982
 ONE = 0.5413248546  # softplus(ONE) = 1
 
@@ -71,6 +73,7 @@ class MirasMemory(nn.Module):
         gate_rank: of the channel-wise gates' maps.
         max_step: the largest step size.
         max_grad_norm: a token's gradient is scaled down to this norm.
+        preset: moneta | yaad | memora, in place of the four choices and what belongs to them (`PRESETS`).
 
     Raises:
         Mistake: a value out of range, or choices that do not go together.
@@ -96,9 +99,17 @@ class MirasMemory(nn.Module):
         gate_rank: int = 32,
         max_step: float = 1.0,
         max_grad_norm: float | None = None,
+        preset: str | None = None,
     ):
         super().__init__()
         self.settings: dict[str, Any] = {key: value for key, value in locals().items() if key not in ("self", "__class__")}
+        if preset is not None:
+            if preset not in PRESETS:
+                raise Mistake("miras.preset", f"there is no preset '{preset}'", nearest(preset, PRESETS))
+            self.settings |= PRESETS[preset]
+        memory, bias, retention, optimizer, p, q, mode = map(
+            self.settings.__getitem__, ("memory", "bias", "retention", "optimizer", "p", "q", "mode")
+        )
         if heads < 1 or dim % heads:
             raise Mistake("miras.heads", f"{dim} is not divisible by {heads}", "choose a divisor of the width")
         known = {"memory": ("vector", "matrix", "mlp2"), "optimizer": ("gd", "momentum"), "gates": ("head", "channel")} | {
@@ -229,17 +240,17 @@ class MirasMemory(nn.Module):
 
 def moneta(dim: int, heads: int = 1, **settings: Any) -> MirasMemory:
     """Make Moneta: cubic loss, l4 norm, normalised at chunk ends."""
-    return MirasMemory(dim, heads, **MONETA | settings)
+    return MirasMemory(dim, heads, **PRESETS["moneta"] | settings)
 
 
 def yaad(dim: int, heads: int = 1, **settings: Any) -> MirasMemory:
     """Make Yaad: a Huber loss whose threshold depends on the token, and two l2 terms of retention."""
-    return MirasMemory(dim, heads, **YAAD | settings)
+    return MirasMemory(dim, heads, **PRESETS["yaad"] | settings)
 
 
 def memora(dim: int, heads: int = 1, **settings: Any) -> MirasMemory:
     """Make Memora: squared loss on weights that stay distributions."""
-    return MirasMemory(dim, heads, **MEMORA | settings)
+    return MirasMemory(dim, heads, **PRESETS["memora"] | settings)
 
 
 def convolved(
