@@ -68,14 +68,12 @@ def flat(state: LMState) -> list[torch.Tensor]:
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_changing_a_token_leaves_all_logits_before_it_bit_identical(variant: str, kind: str) -> None:
-    model, ids = made(variant, kind), tokens()
-    before = model(ids).logits
-    for place in range(TOKENS):
-        changed = ids.clone()
-        changed[:, place] = (changed[:, place] + 1) % VOCABULARY
-        after = model(changed).logits
-        assert torch.equal(before[:, :place], after[:, :place])
-        assert not torch.equal(before[:, place], after[:, place])
+    model, ids, places = made(variant, kind), tokens(rows=1).repeat(TOKENS, 1), torch.arange(TOKENS)
+    changed = ids.clone()
+    changed[places, places] = (changed[places, places] + 1) % VOCABULARY  # row s differs at token s
+    same = (model(ids).logits == model(changed).logits).all(-1)  # (rows, T)
+    assert same[places[:, None] > places].all()
+    assert not same[places, places].any()
 
 
 @pytest.mark.parametrize("variant", WITH_MEMORY)
@@ -95,7 +93,7 @@ def test_a_token_is_remembered_beyond_every_window_with_a_memory_and_forgotten_w
 def test_token_by_token_and_any_pieces_are_one_call(variant: str, kind: str) -> None:
     model, ids = made(variant, kind), tokens()
     whole, state = in_pieces(model, ids, [TOKENS])
-    for sizes in ([1] * TOKENS, [1, 7, 3, 9, 7], [8, 8, 8, 3]):
+    for sizes in ([1] * TOKENS, [1, 7, 3, 9, 7]):
         logits, after = in_pieces(model, ids, sizes)
         torch.testing.assert_close(logits, whole, rtol=0, atol=1e-10)
         for one, other in zip(flat(after), flat(state), strict=True):
@@ -121,15 +119,13 @@ def test_padding_on_the_right_changes_nothing(variant: str) -> None:
 def test_masked_tokens_are_not_written(variant: str) -> None:
     model, ids = made(variant), tokens()
     mask = torch.ones_like(ids)
-    mask[:, 20:] = 0
+    mask[:, 18:23] = 0
     states = []
     for text in (ids, torch.where(mask.bool(), ids, (ids + 5) % VOCABULARY)):
         cache = LMCache()
         model(text, attention_mask=mask, cache=cache)
         follow = model(tokens(1), cache=cache).logits
         states.append(follow)
-    if variant == "mac":
-        states = [follow[:, 5:] for follow in states]  # the rest of the segment sees masked places through the memory's convolution
     torch.testing.assert_close(states[0], states[1], rtol=0, atol=1e-12)
 
 
@@ -245,7 +241,7 @@ def test_fresh_weights_of_a_configuration_depend_on_the_seed_and_a_memory_draws_
     ones = [load_model(f"config:{tmp_path}", seed=seed).model for seed in (0, 0, 1)]
     assert weights_hash(ones[0]) == weights_hash(ones[1]) != weights_hash(ones[2])
     drawn = dict(ones[0].model.layers[0].memory.named_parameters())  # type: ignore[union-attr, index]
-    assert max(float(weight.std()) for weight in drawn.values() if weight.ndim > 1) > 0.01
+    assert max(float(weight.detach().std()) for weight in drawn.values() if weight.ndim > 1) > 0.01
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == "titans"
 
 

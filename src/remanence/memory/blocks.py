@@ -179,7 +179,7 @@ class Block(GradientCheckpointingLayer):
         attention, tensors = self.self_attn, dict(held.tensors)
         whole = torch.cat([tensors["segment"][:, :start], x], 1)  # (B, S, d)
         real = torch.cat([tensors["segment_real"][:, :start], marked(mask, x)], 1)  # (B, S)
-        recalled = self.memory.recall(whole, held.opened)  # type: ignore[operator]
+        recalled = self._recall(whole, real, held.opened)
         keys, values = (torch.cat(pair, 2) for pair in zip(attention.keys_values(recalled), attention.keys_values(whole), strict=True))
         y = attention.joined(
             segment_attention(
@@ -199,6 +199,14 @@ class Block(GradientCheckpointingLayer):
         rest = self.segment - whole.shape[1]
         tensors |= {"segment": F.pad(whole, (0, 0, 0, rest)), "segment_real": F.pad(real, (0, rest))}
         return self._gated(y, remembered), dataclasses.replace(held, tensors=tensors, memory=memory, opened=opened)
+
+    def _recall(self, x: Tensor, real: Tensor, state: MemoryState | None) -> Tensor:
+        """Ask the memory with every token; real ones first where some are masked, for its convolution mixes neighbours."""
+        recall: Any = self.memory.recall
+        if bool(real.all()):
+            return recall(x, state)
+        order = (~real).int().argsort(dim=1, stable=True)[..., None].expand_as(x)
+        return torch.empty_like(x).scatter(1, order, recall(x.gather(1, order), state))
 
     def _gated(self, y: Tensor, remembered: Tensor) -> Tensor:
         return y * torch.sigmoid(self.memory_norm(remembered))
