@@ -125,7 +125,9 @@ class MemoryCache(nn.Module):
     def _check(self) -> None:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
-                raise Mistake(f"cache.{name}", f"there is no {getattr(self, name)!r}", nearest(str(getattr(self, name)), [str(a) for a in allowed]))
+                raise Mistake(
+                    f"cache.{name}", f"there is no {getattr(self, name)!r}", nearest(str(getattr(self, name)), [str(a) for a in allowed])
+                )
         for name in ("heads", "top_k", "max_segments", "detach_cache_after"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise Mistake(f"cache.{name}", f"must be at least 1, got {getattr(self, name)}", "correct the value")
@@ -141,7 +143,7 @@ class MemoryCache(nn.Module):
     @property
     def config(self) -> dict[str, Any]:
         """What a state of this cache must have been made with."""
-        settings = dataclasses.asdict(self.base) if dataclasses.is_dataclass(self.base) else {}
+        settings: dict[str, Any] = dataclasses.asdict(self.base) if dataclasses.is_dataclass(self.base) else {}
         own = ("dim", "heads", "rule", "segment", "init", "top_k", "pool", "pool_of", "u", "temperature", "max_segments", "evict")
         return {name: getattr(self, name) for name in own} | {"base": {"name": self.base.name} | settings}
 
@@ -186,7 +188,9 @@ class MemoryCache(nn.Module):
         """
         state.check(KIND, self.config, state.batch)
         if self.init == "checkpoint":
-            raise Mistake("cache.forget", "in checkpoint mode later memories contain the segment", "use init='independent', or read again without it")
+            raise Mistake(
+                "cache.forget", "in checkpoint mode later memories contain the segment", "use init='independent', or read again without it"
+            )
         gone, tensors = sorted(set(segments)), dict(state.tensors)
         newest = self._newest(state.seen)
         held = set(tensors["cache.id"].flatten().tolist()) | {newest}
@@ -213,19 +217,25 @@ class MemoryCache(nn.Module):
         if state is not None:
             state.check(KIND, self.config, len(x))
             if self.segment == "log" and state.seen:
-                raise Mistake("cache.segment", "logarithmic segments are of the whole sequence", "read it in one call, or choose a constant segment")
+                raise Mistake(
+                    "cache.segment", "logarithmic segments are of the whole sequence", "read it in one call, or choose a constant segment"
+                )
         q, k, v, u, pooled, gates = self._project(x)
         real = mask if mask is not None else torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         tensors, seen = (state.tensors, state.seen) if state is not None else (self._start(q[:, :, 0]), 0)
         lengths = split(x.shape[1], self.segment, seen)
         bounds = [0, *itertools.accumulate(lengths)]
         parts = [slice(*pair) for pair in itertools.pairwise(bounds)]
-        closing = self.segment != "log" and seen > 0 and seen % int(self.segment) == 0  # the newest segment is full: it goes on the shelf now that a token follows
+        closing = (
+            self.segment != "log" and seen > 0 and seen % int(self.segment) == 0
+        )  # the newest segment is full: it goes on the shelf now that a token follows
         live, shelf = _parts(tensors, "live."), _parts(tensors, "cache.")
         total, count = tensors["pool.total"], tensors["pool.count"]
         shelves = [shelf]
         if closing:
-            shelves.append(closed(self.base.weights(live), self._pooled(total[:, :, None], count[:, None])[:, :, 0], count, self._newest(seen)))
+            shelves.append(
+                closed(self.base.weights(live), self._pooled(total[:, :, None], count[:, None])[:, :, 0], count, self._newest(seen))
+            )
             total, count = torch.zeros_like(total), torch.zeros_like(count)
         online, begun, ended = self._online(q, k, v, gates, mask, live, lengths, carried=seen > 0 and not closing)
         pools = []
@@ -234,7 +244,14 @@ class MemoryCache(nn.Module):
             means = self._pooled(sums, counts)
             pools.append(means)
             if number < len(parts) - 1:
-                shelves.append(closed(self.base.weights(ended[number]), means[:, :, -1], counts[:, -1], self._newest(seen) + number + (closing or not seen)))
+                shelves.append(
+                    closed(
+                        self.base.weights(ended[number]),
+                        means[:, :, -1],
+                        counts[:, -1],
+                        self._newest(seen) + number + (closing or not seen),
+                    )
+                )
                 total, count = torch.zeros_like(total), torch.zeros_like(count)
         everything = joined(shelves, self.offload)
         held = sum(each["id"].shape[1] for each in shelves) - len(parts) + 1
@@ -261,13 +278,24 @@ class MemoryCache(nn.Module):
             reads.append(read)
             portions.append(gamma[..., -1])
         shelf = everything if kept is None else take(everything, kept)
-        held_tensors = {f"live.{name}": value for name, value in ended[-1].items()} | {f"cache.{name}": value for name, value in shelf.items()}
+        held_tensors = {f"live.{name}": value for name, value in ended[-1].items()} | {
+            f"cache.{name}": value for name, value in shelf.items()
+        }
         held_tensors |= {"pool.total": sums[:, :, -1], "pool.count": counts[:, -1]}
         after = MemoryState(KIND, held_tensors, seen + x.shape[1], self.config)
         return torch.cat(reads, 2), torch.cat(portions, 2), torch.cat(surprises, 2) if watched else online, after
 
     def _online(
-        self, q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor], mask: Tensor | None, live: State, lengths: list[int], *, carried: bool
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gates: dict[str, Tensor],
+        mask: Tensor | None,
+        live: State,
+        lengths: list[int],
+        *,
+        carried: bool,
     ) -> tuple[Tensor, list[State], list[State]]:
         """Write every segment: the online reads (B, H, T, D), and each segment's first and last state. Segments of their own are run side by side."""
         read: list[Tensor] = []
@@ -280,14 +308,14 @@ class MemoryCache(nn.Module):
             def fold(x: Tensor, part: slice = part, length: int = length, run: int = run) -> Tensor:
                 return x[:, :, part].unflatten(2, (run, length))
 
-            inputs = [fold(x) for x in (q, k, v)]
-            state = self.base.begin(self.initial, inputs[0])
+            queries, keys, values = fold(q), fold(k), fold(v)
+            state = self.base.begin(dict(self.initial), queries)
             if number == 0 and carried:
                 state = {name: value[:, :, None] for name, value in live.items()}
-            elif self.init == "checkpoint" and (ended or number == 0):
+            elif self.init == "checkpoint":
                 state = {name: value[:, :, None] for name, value in self.base.close(ended[-1] if ended else live).items()}
             here = None if mask is None else fold(mask[:, None])
-            y, last = self.base.run(*inputs, {name: fold(gate) for name, gate in gates.items()}, state, here)
+            y, last = self.base.run(queries, keys, values, {name: fold(gate) for name, gate in gates.items()}, state, here)
             read.append(y.flatten(2, 3))
             begun += [{name: value[:, :, one] for name, value in state.items()} for one in range(run)]
             ended += [{name: value[:, :, one] for name, value in last.items()} for one in range(run)]
@@ -327,7 +355,7 @@ class MemoryCache(nn.Module):
 
     def _start(self, like: Float[Tensor, "B H D"]) -> dict[str, Tensor]:
         """Return the tensors before the first token."""
-        live = self.base.begin(self.initial, like[:, :, None])
+        live = self.base.begin(dict(self.initial), like[:, :, None])
         tensors = {f"live.{name}": value for name, value in live.items()}
         tensors |= {f"cache.{name}": value for name, value in empty(self.base.weights(live), like).items()}
         return tensors | {"pool.total": torch.zeros_like(like), "pool.count": torch.zeros(len(like), dtype=torch.long, device=like.device)}

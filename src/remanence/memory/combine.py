@@ -67,9 +67,7 @@ def cached_sum(
     return torch.einsum("bhts,bhstd->bhtd", gamma[..., :-1], base.read(q[:, :, None], here))
 
 
-def selected_reads(
-    base: Rule, q: Float[Tensor, "B H T D"], weights: State, chosen: Int[Tensor, "B H T k"]
-) -> Float[Tensor, "B H T k D"]:
+def selected_reads(base: Rule, q: Float[Tensor, "B H T D"], weights: State, chosen: Int[Tensor, "B H T k"]) -> Float[Tensor, "B H T k D"]:
     """Read k caches per token: the pairs (token, cache) are sorted by cache, each chosen cache is fetched once and answers all its tokens in one product."""
     rows, heads, tokens, width = q.shape
     caches, k = next(iter(weights.values())).shape[2], chosen.shape[-1]
