@@ -15,6 +15,7 @@ from remanence.memory.deep_rules import Deep, DeepLinear
 from remanence.memory.rules import Delta, Linear, SlidingWindow
 from remanence.memory.shelf import weights_of
 from remanence.memory.state import MemoryState
+from remanence.memory.walk import combine
 
 BASES = {
     "linear": Linear(chunk=3),
@@ -107,6 +108,23 @@ def test_awkward_lengths_and_settings_are_the_token_loop(tokens):
         assert (layer(x)[0] - naive(layer, x, split(tokens, 5))).abs().max() < 1e-10, (base, more)
 
 
+@pytest.mark.parametrize("segment", [1, 2, "log"])
+@pytest.mark.parametrize("init", ["independent", "checkpoint"])
+@pytest.mark.parametrize("base", ["linear", "decayed"])
+def test_the_masked_attention_of_short_segments_is_the_token_loop(base, init, segment):
+    for rule in ("grm", "residual", "soup", "average"):
+        layer, x = make(base, rule=rule, init=init, segment=segment, heads=1), text(7)  # log: 4, 2, 1
+        mask = torch.ones(2, 7, dtype=torch.bool)
+        mask[1, [1, 4, 5]] = False
+        assert (layer(x)[0] - naive(layer, x, split(7, segment))).abs().max() < 1e-10
+        if segment != "log":  # piece by piece it is read through the states
+            state, read = None, []
+            for t in range(7):
+                y, state = layer(x[:, t : t + 1], state, mask[:, t : t + 1])
+                read.append(y)
+            assert (torch.cat(read, 1) - layer(x, None, mask)[0]).abs().max() < 1e-10
+
+
 @pytest.mark.parametrize("rule", ["grm", "soup", "ssc"])
 @pytest.mark.parametrize("base", SHEET)
 def test_gradients_are_those_of_the_token_loop(base, rule):
@@ -146,7 +164,7 @@ def test_linear_residual_is_one_matrix_and_linear_grm_is_not():
     q = torch.nn.functional.normalize(torch.randn(1, 1, 1, DIM, dtype=torch.float64), dim=-1).expand(1, 1, 2, DIM)
     u = torch.randn(1, 1, 2, DIM, dtype=torch.float64)
     shelf = {n.removeprefix("cache."): t for n, t in state.tensors.items() if n.startswith("cache.")}
-    read, _ = layer._combine(q, q @ state.tensors["live.M"], u, q, shelf, None)
+    read, _ = combine(layer._plan, q, q @ state.tensors["live.M"], u, q, shelf, None)
     assert (read[:, :, 0] - read[:, :, 1]).abs().max() > 1e-3
 
 
@@ -248,7 +266,7 @@ def test_shares_follow_contents_and_not_places():
         q, _, _, u, _, _ = layer._project(y[:, -1:])
         state = layer(y)[1]
         shelf = {n.removeprefix("cache."): t for n, t in state.tensors.items() if n.startswith("cache.")}
-        return layer._combine(q, q, u, state.tensors["pool.total"][:, :, None], shelf, None)[1][0, 0, 0]
+        return combine(layer._plan, q, q, u, state.tensors["pool.total"][:, :, None], shelf, None)[1][0, 0, 0]
 
     one, other = last_shares(x), last_shares(swapped)
     assert torch.allclose(one[[2, 1, 0, 3]], other, atol=1e-12)

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from remanence.memory.rules import Rule, State, pair_decay
+from remanence.memory.recurrence import Rule, State
+from remanence.memory.rules import pair_decay
 
 RULES = ("grm", "residual", "soup", "ssc", "average")
 
@@ -39,10 +40,10 @@ def pool_so_far(
 
 
 def shares(
-    logits: Float[Tensor, "B H T S1"], present: Bool[Tensor, "B S1"], rule: str, top_k: int
+    logits: Float[Tensor, "B H T S1"], present: Bool[Tensor, "B T S1"], rule: str, top_k: int
 ) -> tuple[Float[Tensor, "B H T S1"], Int[Tensor, "B H T k"] | None]:
     """Return every memory's share in every token's read, and in SSC the chosen caches (None: all)."""
-    here = present[:, None, None, :]
+    here = present[:, None]  # T may be 1: the same for all tokens
     if rule == "residual":
         return here.to(logits.dtype).expand_as(logits), None
     if rule == "average":

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from remanence.errors import Mistake
 from remanence.memory import dual
 from remanence.memory.inner import network
-from remanence.memory.rules import Gates, State, check_chunk
+from remanence.memory.recurrence import Gates, State, check_chunk
 
 
 @dataclass(frozen=True)
