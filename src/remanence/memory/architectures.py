@@ -1,10 +1,25 @@
-"""The language models of this room, by model type: what `AutoModelForCausalLM` must know before it reads one of their folders."""
+"""What this room can build by name: the memories, and the language models that `AutoModelForCausalLM` must know before it reads one of their folders."""
 
 from __future__ import annotations
 
 import importlib
+import inspect
+from typing import Any
 
-MODELS: dict[str, tuple[str, str, str]] = {}  # model type -> module, configuration class, model class
+from torch import nn
+
+from remanence.errors import Mistake, nearest
+
+MODELS: dict[str, tuple[str, str, str]] = {  # model type -> module, configuration class, model class
+    "titans": ("lm", "TitansConfig", "TitansForCausalLM"),
+    "miras": ("lm", "MirasConfig", "MirasForCausalLM"),
+    "memory-caching": ("lm", "MemoryCachingConfig", "MemoryCachingForCausalLM"),
+}
+MEMORIES: dict[str, str] = {  # name -> module:class; each obeys `state.Memory` and takes (dim, **settings)
+    "titans": "remanence.memory.titans:NeuralMemory",
+    "miras": "remanence.memory.miras:MirasMemory",
+    "cache": "remanence.memory.caching:MemoryCache",
+}
 
 
 def register() -> None:
@@ -16,3 +31,33 @@ def register() -> None:
         config = getattr(home, config_name)
         AutoConfig.register(kind, config, exist_ok=True)
         AutoModelForCausalLM.register(config, getattr(home, model_name), exist_ok=True)
+
+
+def build_memory(name: str, dim: int, **settings: Any) -> nn.Module:
+    """Return a memory of width `dim` that obeys `state.Memory`.
+
+    Raises:
+        Mistake: an unknown memory, or a setting that it does not have.
+    """
+    known = memory_settings(name)
+    for key in settings:
+        if key not in known:
+            raise Mistake(f"memory.{key}", f"the memory '{name}' has no such setting", nearest(key, known))
+    return _class(name)(dim, **settings)
+
+
+def memory_settings(name: str) -> dict[str, Any]:
+    """Return the settings of a memory with their defaults.
+
+    Raises:
+        Mistake: an unknown memory.
+    """
+    parameters = list(inspect.signature(_class(name)).parameters.values())[1:]  # the first is the width
+    return {parameter.name: parameter.default for parameter in parameters}
+
+
+def _class(name: str) -> Any:
+    if name not in MEMORIES:
+        raise Mistake("memory", f"unknown memory '{name}'", nearest(name, MEMORIES))
+    module, _, wanted = MEMORIES[name].partition(":")
+    return getattr(importlib.import_module(module), wanted)
