@@ -68,7 +68,7 @@ def test_chunk_form_holds_in_float32(chunk):
 @pytest.mark.parametrize("T", [1, 4, 11])
 @pytest.mark.parametrize("when", ["after", "before"])
 def test_outer_gradients_are_those_of_the_sequential_rule(T, when):
-    rule = Rule(4, when, max_grad_norm=1.0)
+    rule = Rule(4, when)
     W, S, norm = memory(3)
     q, tokens = draw(T, masked=0.2)
     inputs = [part.requires_grad_() for part in (*W, *S, *norm, q, tokens.k, tokens.v, tokens.theta, tokens.eta, tokens.alpha)]

@@ -44,9 +44,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from remanence.memory.inner import Norm, Weights, finish, gelu_slope, layer_norm_backward, network, standardised
+from remanence.memory.inner import Bias, Norm, Weights, finish, gelu_slope, layer_norm_backward, network, standardised
+from remanence.memory.scan import Chunks, Steps, scan
 
-Bias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Link = Callable[[Weights], Weights]
 
 
@@ -104,6 +104,7 @@ class Rule:
         bias: gradient of the inner loss by the prediction.
         link: weights from what accumulates.
         within: how tokens inside a chunk read through the link.
+        recompute: chunks whose insides are computed again at a time in the backward pass; 0: all are kept. Not with a link or a bound on the gradient.
     """
 
     chunk: int = 32
@@ -112,6 +113,7 @@ class Rule:
     bias: Bias = squared_error
     link: Link | None = None
     within: Literal["exact", "linear", "start"] = "exact"
+    recompute: int = 0
 
     def weights(self, Z: Weights) -> Weights:
         """Return the network's weights."""
@@ -133,6 +135,8 @@ def read_write(rule: Rule, carry: Carry, q: Float[Tensor, "N T D"], tokens: Toke
     gates = gate_matrices(filled.theta, filled.eta, filled.alpha, filled.write)
     reading_gates = gates if rule.read == "after" else _delayed(gates)
     queries = _chunks(F.pad(q, (0, 0, r, 0)), b)
+    if closed and rule.link is None and rule.max_grad_norm is None and not watch:
+        return _read_write_scan(rule, carry, everything, filled, queries, gates, reading_gates, norm, r)
     W, S, ys, norms = carry.W, carry.S, [], []
     per_chunk = zip(*(_each(part) for part in (queries, filled.k, filled.v, filled.extra)), _gates_each(gates), _gates_each(reading_gates))
     for c, (x, k, v, extra, write_gates, read_gates) in enumerate(per_chunk):
@@ -145,6 +149,34 @@ def read_write(rule: Rule, carry: Carry, q: Float[Tensor, "N T D"], tokens: Toke
     y = torch.cat(ys, 1)[:, r:total] if ys else torch.zeros_like(q)
     surprise = torch.cat([one for one in norms if one is not None], 1)[:, r:total] if watch and norms else None
     return Reading(y, Carry(W, S, _cut(everything, closed * b, total)), surprise)
+
+
+def _read_write_scan(
+    rule: Rule, carry: Carry, everything: Tokens, filled: Tokens, queries: Tensor, gates: Gates, reading: Gates, norm: Norm | None, r: int
+) -> Reading:
+    """Read the closed chunks by `scan`, and the open one as it stands behind them."""
+    total, C = everything.k.shape[1], len(filled.k)
+    closed = total // rule.chunk
+    steps = Steps(
+        *(part if part is None else part[..., None] if part.ndim == 3 else part for part in (reading.beta, reading.G, reading.f)),
+        gates.beta[..., -1:, None],
+        gates.G[..., -1, :, None],
+        *(None if part is None else part[..., -1:, None] for part in (gates.f, gates.m)),
+        None if gates.n is None else gates.n[..., -1, :, None],
+    )
+    chunks = Chunks(queries, filled.k, filled.v, filled.extra)
+    y, W, S = scan(
+        rule.bias,
+        carry.W,
+        carry.S,
+        *(type(parts)(*(None if part is None else part[:closed] for part in parts)) for parts in (chunks, steps)),
+        norm,
+        rule.recompute,
+    )
+    if closed < C:
+        last = (type(parts)(*(None if part is None else part[closed:] for part in parts)) for parts in (chunks, steps))
+        y = torch.cat((y, scan(rule.bias, W, S, *last, norm, rule.recompute)[0]))
+    return Reading(y.transpose(0, 1).flatten(1, 2)[:, r:total], Carry(W, S, _cut(everything, closed * rule.chunk, total)), None)
 
 
 def settle(rule: Rule, carry: Carry, norm: Norm | None) -> tuple[Weights, Weights]:
