@@ -17,20 +17,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from remanence.memory.gates import Steps
 from remanence.memory.inner import Bias, Norm, Weights, finish, gelu_with_slopes, layer_norm_backward, standardised
-
-
-class Steps(NamedTuple):
-    """The gates of C chunks: beta, f, G as tokens read; last_* as the chunk's end is written (f, m, n: None without momentum)."""
-
-    beta: Float[Tensor, "C N b 1"]
-    G: Float[Tensor, "C N b b"]
-    f: Float[Tensor, "C N b 1"] | None
-    last_beta: Float[Tensor, "C N 1 1"]
-    last_G: Float[Tensor, "C N b 1"]
-    last_f: Float[Tensor, "C N 1 1"] | None
-    last_m: Float[Tensor, "C N 1 1"] | None
-    last_n: Float[Tensor, "C N b 1"] | None
 
 
 class Chunks(NamedTuple):
@@ -62,19 +50,19 @@ class Kept(NamedTuple):
 
 
 def scan(
-    bias: Bias, W: Weights, S: Weights, chunks: Chunks, steps: Steps, norm: Norm | None, recompute: int
+    bias: Bias, W: Weights, S: Weights, chunks: Chunks, steps: Steps, norm: Norm | None, closed: int, recompute: int
 ) -> tuple[Float[Tensor, "C N b D"], Weights, Weights]:
-    """Read C whole chunks; return what is read, and weights and momentum behind the last."""
-    inputs = (*chunks, *steps, *(norm or (None, None)))
-    train = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (*inputs, *W, *S))
-    count = len(chunks.q)
-    size = recompute if recompute and train else count
-    ys = []
-    for begin in range(0, count, size):
-        part = (one if one is None else one[begin : begin + size] for one in (*chunks, *steps))
+    """Read C chunks; return what is read, and weights and momentum behind the first `closed`, which are all or all but the last."""
+    train = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (*chunks, *steps, *(norm or ()), *W, *S))
+    size = recompute if recompute and train else max(closed, 1)
+    ys, count = [], len(chunks.q)
+    for begin in [*range(0, closed, size), *range(closed, count)]:
+        end = min(begin + size, closed) if begin < closed else count
+        part = (one if one is None else one[begin:end] for one in (*chunks, *steps))
         y, *ends = _Scan.apply(bias, train, bool(recompute), len(W), *part, *(norm or (None, None)), *W, *S)
-        W, S = tuple(ends[: len(W)]), tuple(ends[len(W) :])
         ys.append(y)
+        if begin < closed:
+            W, S = tuple(ends[: len(W)]), tuple(ends[len(W) :])
     return ys[0] if len(ys) == 1 else torch.cat(ys), W, S
 
 
@@ -93,14 +81,14 @@ class _Scan(torch.autograd.Function):
             kept = ctx.kept or _forward(ctx.bias, ctx.depth, ctx.saved_tensors, keep=True)[3]
             chunks, steps, norm, W, _ = _named(ctx.depth, ctx.saved_tensors)
             dW, dS = list(d_ends[: len(W)]), list(d_ends[len(W) :])
-            d_chunks = Chunks(*(part if part is None else torch.empty_like(part) for part in chunks))
-            d_steps = Steps(*(part if part is None else torch.zeros_like(part) for part in steps))
+            d_chunks = Chunks(*(part if part is None else torch.empty_like(part) for part in chunks))  # type: ignore[arg-type]
+            d_steps = Steps(*(part if part is None else torch.zeros_like(part) for part in steps))  # type: ignore[arg-type]
             d_norm = None if norm is None else [torch.zeros_like(part) for part in norm]
             for c in reversed(range(len(dy))):
                 here, gates = Chunks(*_at(chunks, c)), Steps(*_at(steps, c))
                 back = backward_chunk(ctx.bias, kept.pop(), here, gates, norm, dy[c], dW, dS, Steps(*_at(d_steps, c)), d_norm)
                 for whole, part in zip(d_chunks, back, strict=True):
-                    if whole is not None:
+                    if whole is not None and part is not None:
                         whole[c] = part
         return (None, None, None, None, *d_chunks, *d_steps, *(d_norm or (None, None)), *dW, *dS)
 
@@ -110,10 +98,13 @@ def forward_chunk(
 ) -> tuple[Float[Tensor, "N b D"], Weights, Weights, Kept | None]:
     """Read one chunk; return what is read, weights and momentum behind it, and what its backward pass needs."""
     q, k, v, extra = chunk
-    a, slope, bends, bent, std = [k], [], [], [], None
+    a, slope, bends, bent, std = [k], list[Tensor](), list[Tensor](), list[Tensor](), None
     for weight in W[:-1]:
-        for kind, part in zip((a, slope, bends), gelu_with_slopes(torch.bmm(a[-1], weight), keep)):
-            kind.append(part)
+        value, its_slope, bend = gelu_with_slopes(torch.bmm(a[-1], weight), keep)
+        a.append(value)
+        slope.append(its_slope)
+        if bend is not None:
+            bends.append(bend)
     out = torch.bmm(a[-1], W[-1])
     if norm is None:
         r = bias(out, v, extra)
