@@ -12,14 +12,12 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.timing import Figure, Seconds, clocked, figure, paired
+from benchmarks.timing import Figure, Seconds, clocked, conversation, figure, paired
 from remanence.memory import dual
 from remanence.memory.titans import NeuralMemory
 
@@ -63,31 +61,6 @@ def peer_folder(folder: Path = FOLDER) -> Path:
     return folder
 
 
-@contextmanager
-def peer(folder: Path) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """Start titans-pytorch and give a function that sends it an order and returns its answer."""
-    script = Path(__file__).with_name("titans_peer.py")
-    env = {**os.environ, "PYTHONPATH": str(folder)}
-    with subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
-    ) as child:
-        if child.stdin is None or child.stdout is None:
-            raise RuntimeError("the peer has no pipes")
-
-        def ask(order: dict[str, Any]) -> dict[str, Any]:
-            child.stdin.write(json.dumps(order) + "\n")  # type: ignore[union-attr]
-            child.stdin.flush()  # type: ignore[union-attr]
-            answer = child.stdout.readline()  # type: ignore[union-attr]
-            if not answer:
-                raise RuntimeError(f"titans-pytorch stopped; run {script} with PYTHONPATH={folder} and give it {json.dumps(order)}")
-            return json.loads(answer)
-
-        try:
-            yield ask
-        finally:
-            child.stdin.close()
-
-
 def train(memory: NeuralMemory, x: torch.Tensor) -> None:
     """Go forward and backward once."""
     memory(x)[0].square().mean().backward()
@@ -121,7 +94,8 @@ def against_peer(tokens: int, rounds: int) -> Figure:
     order = {"tokens": tokens, "dim": DIM, "heads": HEADS, "chunk": CHUNK, "threads": torch.get_num_threads()}
     ours: list[Seconds] = []
     theirs: list[Seconds] = []
-    with peer(peer_folder()) as ask:
+    script, env = Path(__file__).with_name("titans_peer.py"), {**os.environ, "PYTHONPATH": str(peer_folder())}
+    with conversation([sys.executable, script], env) as ask:
         for turn in range(rounds + 1):
             ours.append(clocked(lambda: train(memory, x)))
             answer = ask(order)

@@ -17,7 +17,7 @@ S_t = eta_t S_{t-1} - theta_t grad l(M_{t'}; k_t, v_t);  M_t = (1 - alpha_t) M_{
 | b | Rule.chunk | tokens | 32 |
 | grad of l by the prediction | Rule.bias(prediction, v, extra) | (N, b, D) | 2 (prediction - v) |
 | W = link(Z), Z what accumulates (Miras) | Rule.link on all layers | as W | None: W = Z |
-| M(x) = x + LN(...) | norm: LN's scale and shift; None: M(x) = ... | (N or 1, 1, D) each | |
+| M(x) = x + LN(...) | norm: LN's scale and shift; None: M(x) = ... | (N, 1, D) each | |
 
 Use: N is batch x heads, each with its own memory.
     carry = start(W, tokens, momentum=True)               # W from the learned beginning, expanded to N
