@@ -1,10 +1,10 @@
-"""Miras: does the loss of a memory decide what survives wild values, and do its three models recall what a window cannot see?
+"""Miras: does the loss of a memory decide what survives wild values?
 
-Two exhibits. A matrix memory (D = 32, 16 of them per seed) is told 24 pairs of unit keys and values in six shuffled passes, token by token; each write is
-spoilt with probability 10 % by a random vector of length L added to the value. `at L` is the share of keys whose read-out is nearest to their own value;
-`l2, best step` chooses among five step sizes the one that is best at each L, by that very share, which no real memory could. Then a language model of two
-blocks, the second with a memory beside a window of 8 tokens (MAG), is trained to answer for 4 pairs hidden in 64 tokens of filler; `recall T` is its
-accuracy on rows of T tokens (chance 1/16), against the same model without a memory. Moneta and Memora read in boundary mode, whose cost is Yaad's.
+A matrix memory (D = 32, 16 of them per seed) is told 24 pairs of unit keys and values in six shuffled passes, token by token; each write is spoilt with
+probability 10 % by a random vector of length L added to the value. `at L` is the share of keys whose read-out is nearest to their own value; `l2, best step`
+chooses among five step sizes the one that is best at each L, by that very share, which no real memory could. `huber` is huber_norm, `huber mixed` Yaad's own
+loss, both with threshold 1. Nothing is trained around the memory: the sheet's second exhibit (language models with a Yaad, Moneta or Memora memory on the
+recall of hidden pairs) is not part of this claim.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from remanence.claims.claim import Claim, Results, Verdict
 PAIRS, WIDTH, PASSES, MEMORIES, SPOILT = 24, 32, 6, 16, 0.1
 LENGTHS = (0, 5, 20)
 ETA = 0.5  # on half the squared error
-RULES: dict[
-    str, tuple[str, float, float]
-] = {  # bias, p, step size: the updates are eta e, eta clip(e), eta sgn(e) e^2 and 0.3 eta sgn(e) |e|^(1/2)
+# bias, p, step size: the updates are eta e, eta clip(e), eta sgn(e) e^2 and 0.3 eta sgn(e) |e|^(1/2)
+RULES: dict[str, tuple[str, float, float]] = {
     "l2": ("l2", 2.0, ETA / 2),
     "huber": ("huber_norm", 2.0, ETA),
     "huber mixed": ("huber_mixed", 2.0, ETA / 2),
@@ -24,8 +23,6 @@ RULES: dict[
     "l3": ("lp", 3.0, ETA / 3),
 }
 STEPS = tuple(ETA / 2 / factor for factor in (1, 2, 4, 8, 16))
-MODELS = ("window only", "yaad", "moneta", "memora")
-TRAINED = 600
 
 
 def survived(bias: str, p: float, eta: float, length: int, seed: int) -> float:
@@ -57,52 +54,8 @@ def survived(bias: str, p: float, eta: float, length: int, seed: int) -> float:
     return float(own.double().mean())
 
 
-def trained(arm: str, seed: int) -> dict[str, float]:
-    """Train the two-block language model and return its recall at three lengths."""
-    import torch
-
-    from remanence.data.recall_tasks import Recall, recall_accuracy
-    from remanence.memory.lm import MirasConfig, MirasForCausalLM
-    from remanence.models.forward import evaluating, fresh_weights
-    from remanence.seeds import derive, generator
-    from remanence.training.batches import Batch
-    from remanence.training.trainer import Settings, Trainer
-
-    task = Recall(tokens=64, pairs=4, seed=derive(seed, "rows"))
-    memory = {} if arm == "window only" else {"preset": arm, "chunk": 16} | ({"mode": "boundary"} if arm == "memora" else {})
-    config = MirasConfig(
-        vocab_size=task.vocabulary,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        window=8,
-        n_persistent=4,
-        variant="mag",
-        layers_with_memory=[1] if memory else [],
-        memory=memory,
-    )
-    with fresh_weights(derive(seed, "weights")):
-        model: torch.nn.Module = MirasForCausalLM(config)
-
-    def loss(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
-
-    settings = Settings(steps=TRAINED, lr=5e-3, schedule="cosine", warmup=0.1, clip=1.0)
-    model = Trainer(settings, seed=derive(seed, arm), name=arm, progress=False).fit(model, task, loss)
-    found = {}
-    for tokens in (64, 128, 256):
-        rows = Recall(tokens=tokens, pairs=4).draw(128, generator(seed, "test", tokens))
-        with evaluating(model):
-            found[f"recall {tokens}"] = recall_accuracy(model(input_ids=rows["input_ids"]).logits, rows["labels"])
-    return found
-
-
 def run(arm: str, seed: int) -> dict[str, float]:
-    """Run one rule at every length, or train one model."""
-    if arm in MODELS:
-        return trained(arm, seed)
+    """Run one rule at every length."""
     if arm == "l2, best step":
         return {f"at {length}": max(survived("l2", 2.0, eta, length, seed) for eta in STEPS) for length in LENGTHS}
     return {f"at {length}": survived(*RULES[arm], length, seed) for length in LENGTHS}
@@ -113,27 +66,20 @@ def judge(results: Results) -> Verdict:
     wild, half = results.gain("huber", "l2", "at 20")
     clean, _ = results.gain("huber", "l2", "at 0")
     tuned, tuned_half = results.gain("huber", "l2, best step", "at 20")
-    window = results.mean("window only", "recall 64")
-    models = {arm: results.mean(arm, "recall 64") for arm in MODELS[1:]}
-    ranking = ", ".join(f"{arm} {models[arm]:.2f}" for arm in sorted(models, key=lambda arm: -models[arm]))
     spread = ", ".join(f"{arm} {results.mean(arm, 'at 20'):.2f}" for arm in RULES)
     reasons = (
         f"Huber over squared error with wild values of length 20: {wild:+.2f} ± {half:.2f} (claimed at least +0.3), without any {clean:+.3f} (claimed within 0.02)",
         f"by rule at length 20: {spread}; against squared error with the best of five step sizes: {tuned:+.2f} ± {tuned_half:.2f} (no claim)",
-        f"recall of hidden pairs: {ranking}, window only {window:.2f} (claimed each above it by 0.3; the order is reported, not claimed)",
     )
-    if wild < 0.3 or abs(clean) > 0.02:
-        return Verdict("does not hold", reasons)
-    return Verdict("holds" if min(models.values()) >= window + 0.3 else "mixed", reasons)
+    return Verdict("holds" if wild >= 0.3 and abs(clean) <= 0.02 else "does not hold", reasons)
 
 
 CLAIM = Claim(
     slug="miras",
     title="It's All Connected: test-time memorization, attentional bias, retention and online optimization (arXiv 2504.13173)",
     sentence="The bias decides what survives outliers: with one write in ten spoilt by a vector of length 20, a matrix memory with a Huber loss answers at least 0.3 "
-    "more of its keys than one with squared error at the same step size, and is within 0.02 of it where nothing is spoilt; and a two-block model with a Yaad, "
-    "Moneta or Memora memory beside its window recalls hidden pairs better than the window alone by at least 0.3. The first half falsifies.",
-    arms=(*RULES, "l2, best step", *MODELS),
+    "more of its keys than one with squared error at the same step size, and is within 0.02 of it where nothing is spoilt. Falsified otherwise.",
+    arms=(*RULES, "l2, best step"),
     run=run,
     judge=judge,
     seeds=(0, 1, 2, 3, 4),
@@ -141,8 +87,10 @@ CLAIM = Claim(
         "S-NIAH average (RULER): Moneta 93.5, Yaad 92.9; passkey at 8K: Moneta 98.8.",
         "WikiText perplexity: Moneta 26.19 (340M), Yaad 20.99 (760M); p = 3 and q = 4 best of those tried.",
     ),
-    show=("at 0", "at 5", "at 20", "recall 64", "recall 128", "recall 256"),
-    minutes=10,
-    long=True,
-    notes=("p = 3 is less robust to wild values than squared error: Moneta's strength lies elsewhere.",),
+    show=("at 0", "at 5", "at 20"),
+    minutes=1,
+    notes=(
+        "p = 3 is less robust to wild values than squared error: Moneta's strength, if it has one, lies elsewhere.",
+        "The memory alone, nothing trained around it: the models with Yaad, Moneta and Memora are not compared here.",
+    ),
 )
