@@ -10,7 +10,9 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from remanence.memory import architectures
 from remanence.models.load import save_model
 from remanence.recipe import ForgetEvent, Recipe
 from toy import toy_lm, toy_tokenizer
@@ -51,8 +53,19 @@ def toy_folder(model: str, folder: Path) -> Path:
             return folder
         tokenizer = toy_tokenizer(128)
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        save_model(toy_lm("llama", vocab=128), tokenizer, folder)
+        toy = toy_memory_lm(ROOT / model.removeprefix("config:")) if model.startswith("config:") else toy_lm("llama", vocab=128)
+        save_model(toy, tokenizer, folder)
     return folder
+
+
+def toy_memory_lm(folder: Path) -> PreTrainedModel:
+    """Build a language model with a memory as its configuration says, at toy width."""
+    architectures.register()
+    tree = json.loads((folder / "config.json").read_text())
+    tree |= {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if "heads" in tree["memory"]:
+        tree["memory"]["heads"] = 4
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree))
 
 
 def toy_rows(kind: str, folder: Path, number: str) -> str:
