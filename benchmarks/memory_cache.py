@@ -48,7 +48,7 @@ def ask(keys: torch.Tensor, values: torch.Tensor, segment: int) -> float:
 
 def run(*, tiny: bool = False) -> list[Figure]:
     """Time both comparisons."""
-    tokens, width, rounds = (32, 16, 1) if tiny else (1024, 64, 5)
+    tokens, width, rounds = (32, 16, 1) if tiny else (1024, 64, 3)
     segment, found = tokens // 8, []
     for base in ("linear", "swla", "delta", "dla", "titans"):
         for rule in ("grm", "ssc") if base in ("linear", "titans") else ("grm",):
