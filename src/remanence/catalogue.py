@@ -472,6 +472,16 @@ ENTRIES: tuple[Entry, ...] = (
         "2504.13173",
         "miras",
     ),
+    Entry(
+        "memory-caching",
+        "remember",
+        "memory.caching:MemoryCache",
+        "test-time memory",
+        "Keep a recurrent memory's state at the end of every segment, and read all of them with gates.",
+        "Behrouz et al. 2026",
+        "2602.24281",
+        "memory-caching",
+    ),
 )
 
 PROTOCOLS: dict[str, type] = {"learn": Learner, "forget": Forgetter, "measure": Probe}

@@ -7,11 +7,15 @@ import itertools
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from remanence.errors import Mistake
+from remanence.memory import architectures
 from remanence.memory.caching import MemoryCache
 from remanence.memory.combine import masked_attention, selected_reads, split
 from remanence.memory.deep_rules import Deep, DeepLinear
+from remanence.memory.lm import MemoryCachingForCausalLM
+from remanence.memory.lm_config import MemoryCachingConfig
 from remanence.memory.rules import Delta, Linear, SlidingWindow
 from remanence.memory.shelf import weights_of
 from remanence.memory.state import MemoryState
@@ -421,3 +425,43 @@ def test_states_that_do_not_fit_are_refused():
         log(x, log(x)[1])
     with pytest.raises(Mistake, match="sequences"):
         make("linear")(x[:1], state)
+
+
+@pytest.mark.parametrize("base", SHEET)
+def test_memories_of_a_half_precision_layer_are_in_fp32(base):
+    for rule in ("grm", "ssc", "soup"):
+        layer, x = make(base, rule=rule).float(), text(17).float()
+        wanted, _ = layer(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            mixed, _ = layer(x)
+        half, state = layer.bfloat16()(x.bfloat16())
+        assert half.dtype == torch.bfloat16
+        assert all(value.dtype == torch.float32 for value in state.tensors.values() if value.is_floating_point())
+        assert (half - wanted).abs().max() < 0.2
+        assert (mixed - wanted).abs().max() < 0.2
+        assert layer.recall(x.bfloat16(), state).isfinite().all()
+
+
+def test_a_language_model_with_a_cache_reads_in_pieces_and_loads_again(tmp_path):
+    architectures.register()
+    torch.manual_seed(0)
+    config = MemoryCachingConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        variant="lmm",
+        n_persistent=2,
+        memory={"base": {"name": "titans", "chunk": 4}, "segment": 6, "heads": 2},
+    )
+    model, ids = MemoryCachingForCausalLM(config).double().eval(), torch.randint(0, 50, (2, 20))
+    whole, cache, logits = model(ids).logits, None, []
+    for start in range(0, 20, 7):
+        out = model(ids[:, start : start + 7], cache=cache, use_cache=True)
+        cache = out.cache
+        logits.append(out.logits)
+    assert (torch.cat(logits, 1) - whole).abs().max() < 1e-10
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    assert torch.allclose(loaded(ids).logits, whole, atol=1e-12)

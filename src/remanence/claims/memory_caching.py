@@ -65,7 +65,8 @@ def judge(results: Results) -> Verdict:
         f"recall of 256 pairs: GRM {at('GRM'):.3f}, one memory {at('single'):.3f}, {ratio:.1f} times (claimed at least 2; "
         f"paired difference {gain:+.3f} ± {half:.3f})",
         f"attention {at('attention'):.3f} at 256 pairs; it is at or above GRM at every length: {'yes' if order else 'no'} (claimed)",
-        f"the residual rule is within {apart:.3f} of one memory at every length (claimed 0.15)",
+        f"the residual rule is within {apart:.3f} of one memory at every length (claimed 0.15); at 256 pairs it is "
+        f"{at('residual') - at('single'):+.3f} from it",
         f"SSC with two caches {at('SSC(2)'):.3f}, checkpoint mode {at('checkpoint'):.3f} at 256 pairs (no claim)",
         f"at 32 pairs, one segment, the rules are one: {at('single', 32):.3f} and {at('GRM', 32):.3f}; at 512, GRM {at('GRM', 512):.3f} "
         f"against {at('single', 512):.3f}",

@@ -20,7 +20,7 @@ y_t = M(theta*_t)(q_t);  ssc  as grm, over the k cached segments of highest scor
 | scale of the scores (ours) | temperature | scalar | 1 |
 
 Differs from the paper: the online segment's pool is the running mean over what was read of it; SSC's shares are normalised over the chosen caches and the online
-one; q and k have length one; an RMS norm per head precedes the output projection. A segment ends when the token after it comes, so that the memory that was
+one; q and k have length one; an RMS norm per head precedes the output projection; memories are in fp32 where the model is in bf16. A segment ends when the token after it comes, so that the memory that was
 just read is the online one. Logarithmic segments depend on the length of the whole sequence, so they are for one call, not for streaming.
 A soup is exact at every token (no granularity): its layers are mixed one by one, at the cost of reading all caches.
 Cost with a read of p operations and N = T / C caches: O(T (p + N p)), SSC O(T (p + k p + N D)); memory N |theta|, which grows with the text unless
@@ -166,9 +166,10 @@ class MemoryCache(nn.Module):
         state.check(KIND, self.config, len(x))
         inputs, live, shelf = self._project(x), parts(state.tensors, "live."), parts(state.tensors, "cache.")
         pool = mean_or_sum(self.pool, state.tensors["pool.total"][:, :, None], state.tensors["pool.count"][:, None])
-        weights = self.base.weights(live)
-        moving = {name: value[:, :, None] for name, value in weights.items()} if self.rule == "soup" and is_layered(self.base) else None
-        read, _ = combine(self._plan, inputs.q, self.base.read(inputs.q, weights), inputs.u, pool.expand_as(inputs.q), shelf, moving)
+        with torch.autocast(x.device.type, enabled=False):
+            weights = self.base.weights(live)
+            moving = {name: value[:, :, None] for name, value in weights.items()} if self.rule == "soup" and is_layered(self.base) else None
+            read, _ = combine(self._plan, inputs.q, self.base.read(inputs.q, weights), inputs.u, pool.expand_as(inputs.q), shelf, moving)
         return self._leave(read)
 
     def watch(
@@ -199,7 +200,7 @@ class MemoryCache(nn.Module):
             raise Mistake("cache.forget", f"no segment {unknown[0]} is held", f"there are {sorted(held)}")
         tensors |= {f"cache.{name}": tensor for name, tensor in without(parts(tensors, "cache."), gone).items()}
         if last in gone:
-            fresh = start(self.base, dict(self.initial), tensors["pool.total"])
+            fresh = start(self.base, self._initial, tensors["pool.total"])
             tensors |= {name: value for name, value in fresh.items() if not name.startswith("cache.")}
         return dataclasses.replace(state, tensors=tensors)
 
@@ -222,8 +223,14 @@ class MemoryCache(nn.Module):
                     "cache.segment", "logarithmic segments are of the whole sequence", "read it in one call, or choose a constant segment"
                 )
         tensors, seen = (state.tensors, state.seen) if state is not None else ({}, 0)
-        walked = walk(self._plan, dict(self.initial), self._project(x), mask, tensors, seen, watched)
+        inputs = self._project(x)
+        with torch.autocast(x.device.type, enabled=False):
+            walked = walk(self._plan, self._initial, inputs, mask, tensors, seen, watched)
         return walked.read, walked.online, walked.surprise, MemoryState(KIND, walked.tensors, seen + x.shape[1], self.config)
+
+    @property
+    def _initial(self) -> dict[str, Tensor]:
+        return {name: exact(value) for name, value in self.initial.items()}
 
     @property
     def _plan(self) -> Plan:
@@ -241,7 +248,13 @@ class MemoryCache(nn.Module):
         if self.gates is not None:
             opened = self.gates(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).sigmoid()
             gates = dict(zip(self.base.biases, opened.unbind(-1), strict=True))
-        return Inputs(q, k, split_heads(self.v(x)), u, k if self.pool_of == "k" else split_heads(x), gates)
+        features = (q, k, split_heads(self.v(x)), u, k if self.pool_of == "k" else split_heads(x))
+        return Inputs(*map(exact, features), {name: exact(gate) for name, gate in gates.items()})
 
     def _leave(self, read: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T d"]:
-        return self.out(self.norm(read).transpose(1, 2).flatten(2))
+        return self.out(self.norm(read.to(self.norm.weight.dtype)).transpose(1, 2).flatten(2))
+
+
+def exact(x: Tensor) -> Tensor:
+    """Return what a memory computes with: fp32 for anything shorter, because it adds up over the whole text."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
