@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 
-MODELS: dict[str, tuple[str, str, str]] = {}  # model type -> module, configuration class, model class
+MODELS: dict[str, tuple[str, str, str]] = {  # model type -> module, configuration class, model class
+    "trc2": ("trc2", "TRC2Config", "TRC2ForCausalLM"),
+}
 
 
 def register() -> None:
