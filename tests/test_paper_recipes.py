@@ -10,7 +10,10 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from remanence.memory.architectures import register
+from remanence.models.forward import fresh_weights
 from remanence.models.load import save_model
 from remanence.recipe import ForgetEvent, Recipe
 from toy import toy_lm, toy_tokenizer
@@ -40,7 +43,7 @@ def toy_clause(clause: object) -> object:
 
 
 def toy_folder(model: str, folder: Path) -> Path:
-    """Save a toy of the architecture that a hub id names."""
+    """Save a toy of the architecture that a hub id, or the paper's configuration, names."""
     from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
     with torch.random.fork_rng():
@@ -51,8 +54,25 @@ def toy_folder(model: str, folder: Path) -> Path:
             return folder
         tokenizer = toy_tokenizer(128)
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        save_model(toy_lm("llama", vocab=128), tokenizer, folder)
+        model = toy_memory(ROOT / "recipes/paper/trc2") if "TRC2" in model else toy_lm("llama", vocab=128)
+        save_model(model, tokenizer, folder)
     return folder
+
+
+def toy_memory(config: Path) -> PreTrainedModel:
+    """Return a toy of a configuration with a memory that lies beside the recipes: its switches, at toy width."""
+    register()
+    chosen = AutoConfig.for_model(**json.loads((config / "config.json").read_text()))
+    for name, value in {
+        "vocab_size": 128,
+        "hidden_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 24,
+    }.items():
+        setattr(chosen, name, value)
+    with fresh_weights(0):
+        return AutoModelForCausalLM.from_config(chosen)
 
 
 def toy_rows(kind: str, folder: Path, number: str) -> str:

@@ -553,6 +553,18 @@ def test_the_model_is_saved_with_its_slots(tmp_path: Path) -> None:
     assert torch.equal(loaded.eval()(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_it_reads_and_writes_in_bf16(whole: bool) -> None:
+    model, ids = made(alive=False), tokens()
+    if whole:
+        model = model.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=not whole):
+        trained_step(model, ids)
+        model.after_step()
+        assert model.memory.filled.any()
+        assert model(ids).logits.isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -108,7 +108,13 @@ def build(kind: dict[str, Any], vocabulary: int, seed: int) -> Any:
     from remanence.memory.trc2 import TRC2Config, TRC2ForCausalLM
     from remanence.models.forward import fresh_weights
 
-    shape: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     with fresh_weights(seed):
         if kind["model"] == "llama":  # one expert and the shared one are at work on a token: twice 64
             return LlamaForCausalLM(LlamaConfig(**shape, intermediate_size=128, max_position_embeddings=LENGTH, tie_word_embeddings=True))

@@ -246,11 +246,13 @@ class Hippocampus(nn.Module):
             raise Mistake(
                 "hippocampus", "each process would write other slots", "train with the hippocampus in one process, or switch it off"
             )
-        key, value, surprise, every = (torch.cat(parts) for parts in zip(*self.waiting, strict=True))
+        kind = self.memory.keys.dtype  # autocast may have stashed in a lower one
+        key, value, surprise, every = (torch.cat(parts).to(kind) for parts in zip(*self.waiting, strict=True))
         self.waiting.clear()
         if len(key):
             self.memory.write(key, value, surprise)
-            self.threshold.lerp_(every.quantile(self.quantile).to(self.threshold.dtype), 0.1)
+            wide = every.to(torch.promote_types(every.dtype, torch.float32))  # there are no quantiles in half precision
+            self.threshold.lerp_(wide.quantile(self.quantile).to(kind), 0.1)
             self.spread.lerp_(every.std(correction=0).clamp(min=1e-6), 0.1)
         self.slow_value.lerp_(self.fast.weight, self.slow)
 

@@ -68,22 +68,22 @@ class Thalamus(nn.Module):
             state: behind the tokens before these.
         """
         c = self.compress(deep) * real[..., None]
-        batch = len(c)
+        batch, wide = len(c), torch.promote_types(c.dtype, torch.float32)  # a long sum in half precision would stand still
         if state is None:
             state = {
                 "tail": c.new_zeros(batch, self.width - 1, self.rank),
-                "past": c.new_zeros(batch, self.rank),
-                "count": c.new_zeros(batch),
+                "past": c.new_zeros(batch, self.rank, dtype=wide),
+                "count": c.new_zeros(batch, dtype=wide),
             }
         window = torch.cat([state["tail"], c], dim=1)
         local = self.focal(window.mT).mT
         if self.decay is None:
-            past, total, count = past_mean(c, real, first, state["past"], state["count"])
+            past, total, count = past_mean(c.to(wide), real, first, state["past"], state["count"])
         else:
-            past, total = past_average(c, real, first, state["past"], self.decay)
+            past, total = past_average(c.to(wide), real, first, state["past"], self.decay)
             count = state["count"]
         gate = torch.sigmoid(self.gates(torch.cat([c, surprise[..., None].to(c.dtype)], dim=-1)))
-        z = trn(gate[..., :1] * local + gate[..., 1:] * past, self.groups)
+        z = trn(gate[..., :1] * local + gate[..., 1:] * past.to(c.dtype), self.groups)
         return z, {"tail": window[:, window.shape[1] - self.width + 1 :], "past": total, "count": count}
 
 

@@ -51,7 +51,7 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = TRC2Config
     base_model_prefix = "trc2"
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
-    _no_split_modules = ("Column",)
+    _no_split_modules = ["Column"]  # noqa: RUF012
     supports_gradient_checkpointing = False
 
     def __init__(self, config: TRC2Config):
@@ -103,7 +103,7 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
             module.query.weight.copy_(module.to_key.weight)
         elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.0 if isinstance(module, Silent) else std)
-            if getattr(module, "bias", None) is not None:
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.RMSNorm):
             nn.init.ones_(module.weight)
@@ -174,7 +174,7 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
                 hidden = (h, value, ahead, surprise, known)
                 hip = self.hippocampus(h, surprise, known)
             z = None
-            if column.deep is not None:
+            if layer < len(self.thalami):
                 name = f"thalamus {layer}"
                 z, side_states[name] = self.thalami[layer](column.deep(h), surprise, real, first, side_states.get(name))
             side = z if hip is None else hip if z is None else z + hip  # the one sum node

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache
 
@@ -97,7 +97,7 @@ class TRC2Cache(DynamicCache):
         super().__init__()
         self.side: dict[str, dict[str, Tensor]] = {}
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Let beams take the states of those they continue."""
         super().reorder_cache(beam_idx)
         self.batch_select_side(beam_idx)
