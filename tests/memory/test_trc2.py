@@ -75,10 +75,20 @@ def trained_step(model: TRC2ForCausalLM, ids: Tensor) -> None:
     """Take one step by hand, up to the writes."""
     model.train()
     loss = model(ids, labels=ids).loss
-    own = model.own_loss()
     assert loss is not None
+    loss.backward()
+
+
+def test_a_loss_asked_for_with_labels_holds_the_models_own() -> None:
+    model, ids = made(), tokens()
+    model.train()
+    logits = model(ids).logits
+    own = model.own_loss()
     assert own is not None
-    (loss + own).backward()
+    assert float(own.detach()) > 0
+    loss = model(ids, labels=ids).loss
+    torch.testing.assert_close(loss, F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) + own)
+    assert model.own_loss() is None
 
 
 # 1

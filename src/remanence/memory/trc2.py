@@ -5,7 +5,9 @@ after the project page (trc2lm.github.io); version 1 describes another one, whos
 
     H_0 = Drop(E[x])     column l: see `trc2_parts`;  C_l = W_L5 H_l  ->  thalamus  ->  Z_l, the side input of column l + 1 (column 1 has none)
     behind column `inject`: F_hip from the hippocampus;  th_l = Z_l + F_hip for all later columns; the stream H itself is untouched
-    loss of its own: w_critic mean delta^2 + w_balance mean load balance      (added by `Trainer.fit`; `after_step` writes the slots)
+    loss of its own: w_critic mean delta^2 + w_balance mean load balance
+
+`Trainer.fit` adds that loss and calls `after_step`, which writes the slots; a loop of your own passes labels (or adds `own_loss()`) and calls `after_step()`.
 
 | symbol | here | default |
 |---|---|---|
@@ -28,7 +30,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -142,6 +144,8 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
+            own = self.own_loss()
+            loss = loss if own is None else loss + own  # as other mixtures of experts do when they are given labels
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
 
     def _columns(
@@ -163,7 +167,7 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
         turn = angles(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta, self.dtype)
         h, side, hip, hidden = self.drop(self.embed_tokens(input_ids)), None, None, None
         surprise, balances = torch.zeros_like(real, dtype=h.dtype), []
-        for layer, column in enumerate(self.layers):
+        for layer, column in enumerate(cast(list[Column], self.layers)):
             h, balance = column(h, turn, mask, side, cache)
             balances.append(balance)
             if not loops or layer == len(self.layers) - 1:
@@ -174,7 +178,7 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
                 hidden = (h, value, ahead, surprise, known)
                 hip = self.hippocampus(h, surprise, known)
             z = None
-            if layer < len(self.thalami):
+            if column.deep is not None:
                 name = f"thalamus {layer}"
                 z, side_states[name] = self.thalami[layer](column.deep(h), surprise, real, first, side_states.get(name))
             side = z if hip is None else hip if z is None else z + hip  # the one sum node

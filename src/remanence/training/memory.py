@@ -265,7 +265,7 @@ class ReservoirMemory(_Memory):
 
 
 class RingMemory(_Memory):
-    """Keep the newest M rows: row number n (from 0) takes slot n mod M.
+    """Keep the newest M rows: row number n (from 0) takes slot n mod M. After an erasure those that stayed count as one pass, in the order of their slots.
 
     Args:
         capacity: rows to keep (M); 0 keeps nothing.

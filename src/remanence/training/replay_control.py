@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from remanence.errors import Mistake
 from remanence.models.forward import unwrapped
 from remanence.training.batches import Batch
-from remanence.training.memory import ReservoirMemory, RingMemory
+from remanence.training.memory import FILL, ReservoirMemory, RingMemory
 
 if TYPE_CHECKING:
     from remanence.stream import Request
@@ -161,8 +161,6 @@ class ForgettingController:
 
 def _stacked(parts: list[Tensor], name: str) -> Tensor:
     """Return rows below each other, the narrower ones filled up as the memories do."""
-    from remanence.training.memory import FILL
-
     if len(parts) == 1:
         return parts[0]
     if parts[0].dim() == 2 and parts[0].shape[1] != parts[1].shape[1]:
