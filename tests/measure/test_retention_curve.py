@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from remanence.errors import Mistake
-from remanence.measure.retention_curve import aufc, forgetting_curve
+from remanence.measure.retention_curve import at_boundaries, aufc, forgetting_curve, write_curves
 
 STEPS = [100, 200, 300, 400]
 LOSSES = [[2.0, 9.0], [2.5, 3.0], [1.5, 3.5], [3.0, 3.2]]  # task 1 ends at 100, task 2 at 200
@@ -42,3 +44,14 @@ def test_what_does_not_fit_is_refused() -> None:
         forgetting_curve(LOSSES, STEPS, [1])
     with pytest.raises(Mistake, match="two or more"):
         aufc([1.0], [1])
+
+
+def test_boundaries_and_file_by_hand(tmp_path: Path) -> None:
+    np.testing.assert_allclose(at_boundaries(LOSSES, STEPS, [100, 350]), [[2.0, 9.0], [1.5, 3.5]])
+    with pytest.raises(Mistake, match="before the first"):
+        at_boundaries(LOSSES, STEPS, [50, 350])
+    write_curves(tmp_path / "curves.csv", LOSSES, STEPS, [100, 200], ["one", "two, too"])
+    lines = (tmp_path / "curves.csv").read_text().splitlines()
+    assert lines[0] == 'step,one,"two, too",forgetting,aufc'
+    assert lines[1:3] == ["100,2,9,0,0", "200,2.5,3,0.25,0.125"]
+    assert len(lines) == 5

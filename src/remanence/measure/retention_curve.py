@@ -12,13 +12,17 @@ Cost: O(N T) for N evaluations of T tasks.
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 
 from remanence.errors import Mistake
 from remanence.measure.metrics import Direction, Matrix, Vector, array, sign, table, whole
+from remanence.storage import write_text
 
 
 def forgetting_curve(curve: Matrix, steps: Vector, ended: Sequence[float], *, direction: Direction = "lower") -> Float[np.ndarray, " N"]:
@@ -56,3 +60,33 @@ def aufc(forgetting: Vector, steps: Vector) -> float:
     if f.ndim != 1 or f.shape != at.shape or len(f) < 2 or not (np.diff(at) > 0).all():
         raise Mistake("aufc", f"{f.shape} values at {at.shape} steps", "give two or more evaluations at increasing steps")
     return float(np.trapezoid(f, at) / (at[-1] - at[0]))
+
+
+def at_boundaries(curve: Matrix, steps: Vector, ended: Sequence[float]) -> Float[np.ndarray, "T T"]:
+    """Return the per-boundary table: row i is every task's measurement at the last evaluation not behind the end of task i.
+
+    Raises:
+        Mistake: a task ended before the first evaluation.
+    """
+    values, at = table("at_boundaries", curve), array(steps)
+    rows = np.searchsorted(at, array(ended), side="right") - 1
+    if (rows < 0).any():
+        raise Mistake("at_boundaries", "a task ended before the first evaluation", "measure at the ends of tasks")
+    return values[rows]
+
+
+def write_curves(
+    path: str | Path, curve: Matrix, steps: Vector, ended: Sequence[float], names: Sequence[str], *, direction: Direction = "lower"
+) -> None:
+    """Write a CSV with a line per evaluation: its step, each task's measurement, the mean forgetting, and the area up to there.
+
+    Raises:
+        Mistake: as for `forgetting_curve`, or the file cannot be written.
+    """
+    f, at, values = forgetting_curve(curve, steps, ended, direction=direction), array(steps), array(curve)
+    area = [0.0, *(aufc(f[: n + 1], at[: n + 1]) for n in range(1, len(f)))]
+    lines = [["step", *names, "forgetting", "aufc"]]
+    lines += [[f"{value:.6g}" for value in (at[n], *values[n], f[n], area[n])] for n in range(len(f))]
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    write_text(Path(path), text.getvalue())
