@@ -25,6 +25,7 @@ from remanence.models.forward import fresh_weights
 from remanence.models.load import load_model, save_model
 from remanence.stream import Task
 from remanence.training.batches import Batch
+from remanence.training.checkpoint import Checkpoints
 from remanence.training.losses import nll
 from remanence.training.replay_control import ForgettingController, ReplayStore, replaying
 from remanence.training.trainer import Settings, Trainer
@@ -451,6 +452,50 @@ def test_generation_and_beams_equal_rereading() -> None:
         assert torch.equal(
             model.generate(ids, num_beams=beams, **options), model.generate(ids, num_beams=beams, use_cache=False, **options)
         )
+
+
+def test_a_cache_takes_no_tokens_back() -> None:
+    cache = TRC2Cache()
+    assert not cache.is_croppable
+    with pytest.raises(Mistake, match="take tokens back"):
+        cache.crop(3)
+
+
+def test_memory_is_read_at_events_alone() -> None:
+    hippocampus = made().hippocampus
+    assert hippocampus is not None
+    hippocampus.threshold.fill_(0.5)
+    h, known = torch.randn(1, 4, 32), torch.tensor([[True, True, True, False]])
+    with torch.no_grad():
+        out = hippocampus(h, torch.tensor([[0.4, 0.6, 0.5, 9.0]]), known)
+    assert [bool(row.any()) for row in out[0]] == [False, True, False, False]
+
+
+def test_killed_and_resumed_the_slots_are_the_same(tmp_path: Path) -> None:
+    texts = Dataset.from_dict({"text": [f"line {number} of the text and what follows it" for number in range(12)]})
+    task = Task("lines", texts)
+
+    def trainer(owner: Any, points: str, watch: Any = None) -> Trainer:
+        checkpoints = Checkpoints(tmp_path / points, every=2)
+        chosen = Settings(steps=5, batch_size=4, length=24)
+        return Trainer(chosen, processor=toy_tokenizer(99), owner=owner, checkpoints=checkpoints, watch=watch, progress=False)
+
+    class Killed(Exception):
+        pass
+
+    def kill(model: Any, step: int) -> None:
+        if step == 3:
+            raise Killed
+
+    ends = []
+    for points in ("whole", "cut"):
+        learner, model = ControlledReplay(ring=4, reservoir=8, every=2), made(vocab_size=99)
+        if points == "cut":
+            with pytest.raises(Killed):
+                learner.learn(model, task, trainer(learner, points, kill))
+            learner, model = ControlledReplay(ring=4, reservoir=8, every=2), made(vocab_size=99)
+        ends.append(learner.learn(model, task, trainer(learner, points)).state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 # The pieces, by brute force.

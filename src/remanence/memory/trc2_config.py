@@ -112,6 +112,19 @@ class TRC2Cache(DynamicCache):
         super().batch_repeat_interleave(repeats)
         self.side = {name: {key: value.repeat_interleave(repeats, 0) for key, value in state.items()} for name, state in self.side.items()}
 
+    @property
+    def is_croppable(self) -> bool:
+        """The side loops' states hold no history, so nothing can be taken back."""
+        return False
+
+    def crop(self, *_: object, **__: object) -> None:
+        """Refuse to take tokens back.
+
+        Raises:
+            Mistake: always.
+        """
+        raise Mistake("trc2 cache", "cannot take tokens back: the side loops keep sums, not histories", "decode without an assistant model")
+
     def batch_select_side(self, rows: Tensor) -> None:
         """Keep some sequences of the side loops' states."""
         self.side = {name: {key: value[rows.to(value.device)] for key, value in state.items()} for name, state in self.side.items()}
