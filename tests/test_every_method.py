@@ -23,6 +23,7 @@ from remanence.learn.l2sp import L2SP
 from remanence.learn.lora import LoRA
 from remanence.learn.lwf import LwF
 from remanence.learn.replay import Replay
+from remanence.learn.replay_controller import ControlledReplay
 from remanence.learn.sequential import Sequential
 from remanence.models.adapters import add_lora
 from remanence.models.load import load_model
@@ -51,6 +52,7 @@ LEARNERS = [
     Case("replay", lambda: Replay(capacity=6), lambda: Replay(capacity=0)),
     Case("replay balanced", lambda: Replay(capacity=6, memory="balanced", batch_size=3), lambda: Replay(capacity=0, memory="balanced")),
     Case("replay by task", lambda: Replay(capacity=6, update="task"), lambda: Replay(capacity=0, update="task")),
+    Case("replay controller", lambda: ControlledReplay(4, 6, every=2, lam_min=0.5), lambda: ControlledReplay(lam_max=0)),
     Case("derpp", lambda: DERpp(alpha=0.5, beta=0.5, capacity=6), lambda: DERpp(alpha=0, beta=0)),
     Case("derpp empty", lambda: DERpp(alpha=0.5, capacity=6, span="row"), lambda: DERpp(capacity=0)),
     Case("derpp top", lambda: DERpp(alpha=0.5, capacity=6, top=3), lambda: DERpp(capacity=0, top=3)),

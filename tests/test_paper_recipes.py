@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from remanence.memory import architectures
+from remanence.models.forward import fresh_weights
 from remanence.models.load import save_model
 from remanence.recipe import ForgetEvent, Recipe
 from toy import toy_lm, toy_tokenizer
@@ -42,7 +43,7 @@ def toy_clause(clause: object) -> object:
 
 
 def toy_folder(model: str, folder: Path) -> Path:
-    """Save a toy of the architecture that a hub id names."""
+    """Save a toy of the architecture that a hub id, or the paper's configuration, names."""
     from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
 
     with torch.random.fork_rng():
@@ -53,7 +54,9 @@ def toy_folder(model: str, folder: Path) -> Path:
             return folder
         tokenizer = toy_tokenizer(128)
         tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
-        toy = toy_memory_lm(ROOT / model.removeprefix("config:")) if model.startswith("config:") else toy_lm("llama", vocab=128)
+        toy = toy_lm("llama", vocab=128)
+        if model.startswith("config:"):
+            toy = toy_memory_lm(ROOT / ("recipes/paper/trc2" if "TRC2" in model else model.removeprefix("config:")))
         save_model(toy, tokenizer, folder)
     return folder
 
@@ -62,10 +65,11 @@ def toy_memory_lm(folder: Path) -> PreTrainedModel:
     """Build a language model with a memory as its configuration says, at toy width."""
     architectures.register()
     tree = json.loads((folder / "config.json").read_text())
-    tree |= {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if "heads" in tree["memory"]:
+    tree |= {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
+    if "heads" in tree.get("memory", ()):
         tree["memory"]["heads"] = 4
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree))
+    with fresh_weights(0):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree))
 
 
 def toy_rows(kind: str, folder: Path, number: str) -> str:

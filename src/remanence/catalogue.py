@@ -482,6 +482,26 @@ ENTRIES: tuple[Entry, ...] = (
         "2602.24281",
         "memory-caching",
     ),
+    Entry(
+        "replay-controller",
+        "learn",
+        "learn.replay_controller:ControlledReplay",
+        "replay",
+        "Replay a ring and a reservoir as strongly as measured forgetting asks for; around any model.",
+        "Efficient Continual Learning in Language Models via Thalamically Routed Cortical Columns, Khadangi 2026",
+        "2602.22479",
+        "trc2",
+    ),
+    Entry(
+        "trc2",
+        "remember",
+        "memory.trc2:TRC2ForCausalLM",
+        "memory in the network",
+        "A decoder with experts whose queries a thalamus modulates and whose hippocampus reads events and writes them behind the step.",
+        "Efficient Continual Learning in Language Models via Thalamically Routed Cortical Columns, Khadangi 2026",
+        "2602.22479",
+        "trc2",
+    ),
 )
 
 PROTOCOLS: dict[str, type] = {"learn": Learner, "forget": Forgetter, "measure": Probe}

@@ -9,7 +9,7 @@ from scipy.stats import chi2
 from remanence.errors import Mistake
 from remanence.seeds import generator
 from remanence.storage import load_tree, save_tree
-from remanence.training.memory import BalancedMemory, ReservoirMemory, balanced_choice, pack_logits, stored_logits
+from remanence.training.memory import BalancedMemory, ReservoirMemory, RingMemory, balanced_choice, pack_logits, stored_logits
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
@@ -277,3 +277,32 @@ def test_mistakes_are_named():
     assert torch.equal(memory.state_dict()["generator"], before["generator"])
     with pytest.raises(Mistake, match="holds no logits"):
         stored_logits(torch.zeros(3, 2), memory.draw(3, generator(0)))
+
+
+def test_ring_keeps_the_newest_rows_however_they_are_cut() -> None:
+    for cuts in ([1] * 11, [11], [4, 7], [3, 0, 8]):
+        ring = RingMemory(4, 0)
+        for rows in torch.arange(11).split(cuts):
+            ring.add({"x": rows[:, None]})
+        assert sorted(ring.rows()["x"][:, 0].tolist()) == [7, 8, 9, 10]
+        assert ring.rows()["x"][:, 0].tolist() == [8, 9, 10, 7]  # row n in slot n mod 4
+
+
+def test_ring_goes_on_after_rows_were_removed_and_after_a_resume() -> None:
+    ring = RingMemory(4, 0)
+    ring.add({"input_ids": torch.arange(6)[:, None]})
+    assert ring.remove({"input_ids": torch.tensor([[3], [4]])}) == 2
+    again = RingMemory(4, 0)
+    again.load_state_dict(ring.state_dict())
+    for one in (ring, again):
+        one.add({"input_ids": torch.tensor([[8], [9], [10]])})
+        kept = one.rows()["input_ids"][:, 0].tolist()
+        assert len(kept) == 4
+        assert {8, 9, 10} < set(kept)
+        assert not {3, 4} & set(kept)
+
+
+def test_ring_of_no_rows_keeps_nothing() -> None:
+    ring = RingMemory(0, 0)
+    ring.add({"x": torch.zeros(3, 1)})
+    assert len(ring) == 0

@@ -3,6 +3,7 @@
 | memory | keeps | sheet |
 |---|---|---|
 | ReservoirMemory | each of the n rows seen so far with probability M/n (Vitter 1985, algorithm R) | ER, DER++, A-GEM |
+| RingMemory | the newest M rows | TRC2 |
 | BalancedMemory | as near as possible the same number of rows of every label or group, uniformly inside each | class-balanced ER, GDumb |
 
 What a memory holds depends on the rows and their order alone, not on how they were cut into batches. `add` costs O(B log B) for the
@@ -261,6 +262,30 @@ class ReservoirMemory(_Memory):
         if len(slots):
             self._write(columns, slots.to(self.device), rows)
             self._count = max(self._count, int(slots.max()) + 1)
+
+
+class RingMemory(_Memory):
+    """Keep the newest M rows: row number n (from 0) takes slot n mod M. After an erasure those that stayed count as one pass, in the order of their slots.
+
+    Args:
+        capacity: rows to keep (M); 0 keeps nothing.
+        seed, keep_logits, logits_span, device: as in `ReservoirMemory` (nothing is drawn).
+    """
+
+    def add(self, batch: Mapping[str, Tensor], **extra: Tensor) -> None:
+        """Show a batch to the memory: dict of tensors (B, ...), and further columns by keyword.
+
+        Raises:
+            Mistake: as in `ReservoirMemory.add`.
+        """
+        columns, size = self._prepare(batch, extra)
+        if self._count < min(self.capacity, self.seen):  # rows were removed: go on behind those that stayed
+            self.seen = self._count
+        rows = torch.arange(max(0, size - self.capacity), size)
+        if self.capacity:
+            self._write(columns, ((self.seen + rows) % self.capacity).to(self.device), rows)
+        self.seen += size
+        self._count = min(self.capacity, self.seen)
 
 
 class BalancedMemory(_Memory):

@@ -178,6 +178,19 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
+class Tending(Protocol):
+    """A model with losses of its own (routers, critics) and a state that changes behind each optimizer step (a memory that is written)."""
+
+    def own_loss(self) -> Tensor | None:
+        """Return the losses of the forward passes since the last call."""
+        ...
+
+    def after_step(self) -> None:
+        """Do what waited for the optimizer's step."""
+        ...
+
+
 class Trainer:
     """Train models; one object serves one event.
 
@@ -491,6 +504,8 @@ class Trainer:
         parts, replicated = settings.accumulate, world > 1 and not is_sharded(model)
         base = [group["lr"] for group in descent.param_groups]
         log = _Log(self, stage, numbers, first)
+        core = unwrapped(model)
+        tending = core if isinstance(core, Tending) else None
         with log:
             for number in numbers:
                 micro = [batches[(number * parts + part) * world + place] for part in range(parts)]
@@ -504,6 +519,8 @@ class Trainer:
                     seed_noise(noise + (number * parts + part) * world + place, device)  # dropout is a function of the micro-batch's number
                     with self._autocast():
                         value = loss(model, batch.to(device))
+                        if tending is not None and (own := tending.own_loss()) is not None:
+                            value = value + own
                         if parts > 1:
                             value = value / parts
                     value.backward()
@@ -518,6 +535,8 @@ class Trainer:
                 for group in descent.param_groups:  # what zero_grad does, without its profiler
                     for parameter in group["params"]:
                         parameter.grad = None
+                if tending is not None:
+                    tending.after_step()
                 enough = after_step is not None and after_step(model, step) is True
                 log.add(number, sum(losses[1:], losses[0]), base[0] * multiplier, norm)
                 if self._watch is not None:
