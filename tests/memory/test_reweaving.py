@@ -198,6 +198,20 @@ def test_only_the_listed_parameters_are_trained_and_the_base_keeps_its_bits() ->
     assert moved == set(trained)
 
 
+def test_a_trained_reconstructor_is_saved_and_taken_over(tmp_path: Path) -> None:
+    model, ids = toy_lm("llama"), tokens()
+    woven = reweave(model, W, 8, chunk=C, reconstruct="lowrank", train=True)
+    with torch.no_grad():
+        woven.reconstructor.up.normal_(generator=torch.Generator().manual_seed(0))
+    woven.save_reconstructor(tmp_path / "reweaver.safetensors")
+    fresh = reweave(model, W, 8, chunk=C, reconstruct="lowrank", seed=5)
+    assert not torch.equal(logits(fresh, ids), logits(woven, ids))
+    fresh.load_reconstructor(tmp_path / "reweaver.safetensors")
+    assert torch.equal(logits(fresh, ids), logits(woven, ids))
+    with pytest.raises(Mistake, match="reconstruct=lowrank"):
+        reweave(model, W, 8, chunk=C).load_reconstructor(tmp_path / "reweaver.safetensors")
+
+
 def test_training_lowers_the_loss_and_the_codes_error() -> None:
     model, ids = toy_lm("llama"), tokens(rows=4, length=60)
     from remanence.training.batches import Batches

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from remanence.memory.salience import SCORES
 from remanence.memory.weaving import Host, Reconstructor, Sight
 from remanence.models.forward import positions as longest
 from remanence.seeds import generator
+from remanence.storage import load_tree, save_tree
 
 TRUNCATION = 2  # chunks that gradients flow back through
 
@@ -89,6 +91,28 @@ class Rewoven(PreTrainedModel, GenerationMixin):
         super().train(mode)
         self.base.eval()
         return self
+
+    def save_reconstructor(self, path: str | Path) -> None:
+        """Write what was trained as one safetensors file.
+
+        Raises:
+            Mistake: the file cannot be written.
+        """
+        save_tree(path, {"signature": self.signature, "weights": self.reconstructor.state_dict()})
+
+    def load_reconstructor(self, path: str | Path) -> None:
+        """Take over what was trained with the same layers and reconstruction; window, budget and score may differ.
+
+        Raises:
+            Mistake: the file is missing or damaged, or made for another reconstruction.
+        """
+        tree = load_tree(path)
+        if not isinstance(tree, dict) or tree.keys() != {"signature", "weights"}:
+            raise Mistake(path, "is no reconstructor", "name a file that save_reconstructor wrote")
+        for key in ("model", "layers", "width", "captured", "reconstruct"):
+            if tree["signature"][key] != self.signature[key]:
+                raise Mistake(path, f"was made for {key}={tree['signature'][key]}, this is {self.signature[key]}", "reweave with the same")
+        self.reconstructor.load_state_dict(tree["weights"])
 
     @torch.no_grad()
     def read(self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None) -> Read:
