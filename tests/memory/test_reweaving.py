@@ -212,7 +212,8 @@ def test_a_trained_reconstructor_is_saved_and_taken_over(tmp_path: Path) -> None
         reweave(model, W, 8, chunk=C).load_reconstructor(tmp_path / "reweaver.safetensors")
 
 
-def test_training_lowers_the_loss_and_the_codes_error() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_training_lowers_the_loss_and_the_codes_error(precision: str) -> None:
     model, ids = toy_lm("llama"), tokens(rows=4, length=60)
     from remanence.training.batches import Batches
     from remanence.training.trainer import Settings
@@ -226,7 +227,7 @@ def test_training_lowers_the_loss_and_the_codes_error() -> None:
         return float(found.loss), float(woven.code_error)
 
     first = measured()
-    train_reweaver(woven, batches, 25, settings=Settings(steps=25, batch_size=4, lr=1e-2), progress=False)
+    train_reweaver(woven, batches, 12, settings=Settings(steps=12, batch_size=4, lr=1e-2, precision=precision), progress=False)
     second = measured()
     assert second[0] < first[0]
     assert second[1] < first[1] < 1.0
@@ -236,7 +237,23 @@ def test_training_lowers_the_loss_and_the_codes_error() -> None:
 @pytest.mark.parametrize("score", ["surprisal", "attention", "random", "uniform", "recency", "mix"])
 def test_every_score_and_reconstruction_runs(score: str, reconstruct: str) -> None:
     woven = reweave(toy_lm("llama", layers=4), W, 8, chunk=C, score=score, reconstruct=reconstruct, layers="third")
-    assert logits(woven, tokens()).isfinite().all()
+    assert logits(woven, tokens(rows=1, length=25)).isfinite().all()
+
+
+@pytest.mark.parametrize("reconstruct", ["identity", "lowrank", "autoenc", "mean"])
+def test_a_model_in_bf16_reads(reconstruct: str) -> None:
+    woven = reweave(toy_lm("llama", dtype=torch.bfloat16), W, 8, chunk=C, reconstruct=reconstruct, score="mix")
+    found = logits(woven, tokens())
+    assert found.dtype == torch.bfloat16
+    assert found.isfinite().all()
+
+
+def test_the_models_own_ways_of_generating_are_kept() -> None:
+    model = toy_lm("llama")
+    model.generation_config.eos_token_id, model.generation_config.max_new_tokens = 7, 3
+    woven = reweave(model, W, 8, chunk=C)
+    assert woven.generation_config.eos_token_id == 7
+    assert woven.generate(tokens(rows=1, length=5), do_sample=False).shape[1] <= 8
 
 
 @pytest.mark.parametrize("settings", [{}, {"reconstruct": "autoenc", "score": "mix"}, {"positions": "rebased"}], ids=str)
@@ -244,11 +261,11 @@ def test_saved_memory_goes_on_bit_for_bit(settings: dict[str, Any], tmp_path: Pa
     woven, ids = reweave(toy_lm("llama"), W, 8, chunk=C, **settings), tokens()
     woven.read(ids[:, :30])
     woven.memory.save(tmp_path / "memory.safetensors")
-    onwards = woven.read(ids[:, 30:]).logits
+    onwards = woven.read(ids[:, 30:], logits_to_keep=0).logits
     woven.memory.clear()
     assert woven.memory.inspect() == []
     woven.memory.load(tmp_path / "memory.safetensors")
-    assert torch.equal(woven.read(ids[:, 30:]).logits, onwards)
+    assert torch.equal(woven.read(ids[:, 30:], logits_to_keep=0).logits, onwards)
     with pytest.raises(Mistake, match="window"):
         reweave(toy_lm("llama"), 16, 8, chunk=C, **settings).memory.load(tmp_path / "memory.safetensors")
 
@@ -256,7 +273,7 @@ def test_saved_memory_goes_on_bit_for_bit(settings: dict[str, Any], tmp_path: Pa
 def test_clear_starts_anew_and_drop_removes_those_entries_alone() -> None:
     model, ids = toy_lm("llama"), tokens()
     woven = reweave(model, W, 8, chunk=C)
-    first = woven.read(ids).logits
+    first = woven.read(ids, logits_to_keep=0).logits
     held = woven.memory.inspect(0)
     common = [entry["position"] for entry in held[1:3]]
     woven.memory.drop(common, row=0)
@@ -268,7 +285,7 @@ def test_clear_starts_anew_and_drop_removes_those_entries_alone() -> None:
     woven.memory.drop([entry["position"] for entry in woven.memory.inspect(1)], row=1)
     assert woven.memory.stats()["held"] == 0
     woven.memory.clear()
-    assert torch.equal(woven.read(ids).logits, first)
+    assert torch.equal(woven.read(ids, logits_to_keep=0).logits, first)
 
 
 def test_dropping_everything_leaves_the_window() -> None:
@@ -276,7 +293,7 @@ def test_dropping_everything_leaves_the_window() -> None:
     woven = reweave(model, W, 8, chunk=C)
     woven.read(ids[:, :40])
     woven.memory.drop([entry["position"] for entry in woven.memory.inspect()])
-    torch.testing.assert_close(woven.read(ids[:, 40:44]).logits, windowed(model, ids)[:, 40:44], atol=1e-5, rtol=0)
+    torch.testing.assert_close(woven.read(ids[:, 40:44], logits_to_keep=0).logits, windowed(model, ids)[:, 40:44], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -292,6 +309,15 @@ def test_generate_is_reading_on_token_by_token(family: str) -> None:
     assert torch.equal(logits(woven, torch.cat([made, more[:, 1:]], 1))[:, 34:-1].argmax(-1), more[:, 1:])
     with pytest.raises(Mistake, match="holds 2 sequences"):
         woven.generate(ids[:1], max_new_tokens=1)
+
+
+def test_fewer_logits_are_the_last_of_all() -> None:
+    woven, ids = reweave(toy_lm("llama"), W, 8, chunk=C), tokens()
+    with torch.no_grad():
+        whole = woven(ids).logits
+        for keep in (1, 3, 20):
+            assert torch.equal(woven(ids, logits_to_keep=keep).logits, whole[:, -keep:])
+        assert torch.equal(woven(ids, logits_to_keep=torch.tensor([-7, -2])).logits, whole[:, [-7, -2]])
 
 
 def test_beams_carry_their_own_memories() -> None:

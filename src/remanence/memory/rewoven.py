@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -60,6 +61,7 @@ class Rewoven(PreTrainedModel, GenerationMixin):
             config.max_position_embeddings = 2**31  # no text is too long
         super().__init__(config)
         self.base, self.host, self.settings = host.core, host, settings
+        self.generation_config = copy.deepcopy(host.core.generation_config)
         self.rebased, self.limit = rebased, None if rebased else longest(host.core)
         source = [max((layer for layer in captured if layer <= number), default=None) for number in range(host.depth)]
         self.reconstructor = Reconstructor(host, source, reconstruct, rank, generator(settings.seed, "reweaving"))
@@ -115,9 +117,9 @@ class Rewoven(PreTrainedModel, GenerationMixin):
         self.reconstructor.load_state_dict(tree["weights"])
 
     @torch.no_grad()
-    def read(self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None) -> Read:
-        """Read on into `memory`; returns the logits too."""
-        return self(input_ids, attention_mask, cache=self.memory)
+    def read(self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None, logits_to_keep: int = 1) -> Read:
+        """Read on into `memory`; returns the logits of the last token, or of more, 0 for all (they are as many as the text is long)."""
+        return self(input_ids, attention_mask, cache=self.memory, logits_to_keep=logits_to_keep)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
         """Generate as Hugging Face does, going on from `memory`: the prompt holds new tokens only; the last token made is not yet read."""
@@ -151,6 +153,10 @@ class Rewoven(PreTrainedModel, GenerationMixin):
             for first, last in memory.boundaries(real):
                 made, error = self._read(memory, input_ids[:, first:last], real[:, first:last])
                 logits.append(made)
+                if (
+                    isinstance(logits_to_keep, int) and logits_to_keep > 0 and labels is None
+                ):  # no more than asked for, however long the text
+                    logits = [torch.cat(logits[-logits_to_keep:], 1)[:, -logits_to_keep:]]
                 errors.append(error)
                 chunks += 1
                 if self.training and chunks % TRUNCATION == 0:
@@ -168,7 +174,7 @@ class Rewoven(PreTrainedModel, GenerationMixin):
         """Read the tokens of one chunk, or a part of it; returns logits, and the summed error of the codes per captured layer."""
         position = (memory.seen[:, None] + real.cumsum(1) - 1).clamp_min(0)
         window, held = memory.part("window."), self._held(memory)
-        weigh = real if self._weighs else None
+        weigh = real if self._counts("attention") else None
         sights = []
         for layer in range(self.host.depth):
             there = held if held is not None and layer in held.keys else None
@@ -194,7 +200,8 @@ class Rewoven(PreTrainedModel, GenerationMixin):
             columns["mass"] = mass[:, -ids.shape[1] :]
             if window:
                 memory.tensors["window.mass"] = window["mass"] + mass[:, : -ids.shape[1]]
-        columns["surprisal"] = self._surprisal(memory, logits.detach(), ids, real)
+        surprised = self._counts("surprisal")
+        columns["surprisal"] = self._surprisal(memory, logits.detach(), ids, real) if surprised else torch.zeros_like(columns["mass"])
         for layer, sight in enumerate(sights):
             assert sight.own_keys is not None
             assert sight.own_values is not None
@@ -208,9 +215,9 @@ class Rewoven(PreTrainedModel, GenerationMixin):
         memory.append(columns, real)
         return logits, torch.stack(errors)
 
-    @property
-    def _weighs(self) -> bool:
-        return bool(self.settings.budget) and self.settings.weights[SCORES.index("attention")] != 0
+    def _counts(self, feature: str) -> bool:
+        """Say whether a feature decides about what is held."""
+        return bool(self.settings.budget) and self.settings.weights[SCORES.index(feature)] != 0
 
     def _held(self, memory: LatentBuffer) -> Held | None:
         """Return keys and values of what is held for every layer, made once per change."""
