@@ -502,6 +502,16 @@ ENTRIES: tuple[Entry, ...] = (
         "2602.22479",
         "trc2",
     ),
+    Entry(
+        "reweaving",
+        "remember",
+        "memory.rewoven:Rewoven",
+        "memory in the network",
+        "Any decoder with a short window attends to hidden states of salient tokens that left it, put through its own layers.",
+        "Dillon et al. 2025",
+        "2502.02046",
+        "memory-reweaving",
+    ),
 )
 
 PROTOCOLS: dict[str, type] = {"learn": Learner, "forget": Forgetter, "measure": Probe}
