@@ -22,7 +22,7 @@ from remanence.memory.sparsey import (
     strongest,
     weight_at_age,
 )
-from remanence.memory.sparsey_encode import binarise, skeletons, strongest_features, strongest_orientations, thin
+from remanence.memory.sparsey_encode import binarise, episodes, skeletons, strongest_features, strongest_orientations, thin
 from remanence.memory.sparsey_level import FOREVER, Field, Macs
 from remanence.memory.sparsey_net import Sparsey
 from remanence.memory.sparsey_reference import LoopMac
@@ -178,7 +178,7 @@ def test_similar_inputs_get_similar_codes() -> None:
             probe = torch.zeros(400, dtype=torch.bool)
             probe[item.nonzero()[:count, 0]] = True
             probe[(~item).nonzero()[: 20 - count, 0]] = True
-            macs = memory.levels[0]
+            macs = memory.grids[0]
             inputs = {"U": torch.nn.functional.pad(probe[None].double(), (0, 1))}
             drawn = macs.choose(
                 inputs, torch.rand(1, 1, 24, generator=generator("sisc", number, count), dtype=torch.float64), first=True
@@ -209,13 +209,13 @@ def test_an_item_costs_the_same_at_a_hundred_and_at_five_thousand() -> None:
     items = patterns(5000, 64, 4, "time")
     work = []
     for upto in (100, 5000):
-        memory.partial_fit(items[memory.levels[0].clock : upto - 1])
+        memory.partial_fit(items[memory.grids[0].clock : upto - 1])
         with Count() as learned:
             memory.learn(items[upto - 1])
         with Count() as recognised:
             memory.recognise(items[0])
         work.append((learned.operations, learned.elements, recognised.operations, recognised.elements))
-    assert memory.levels[0].clock == 5000
+    assert memory.grids[0].clock == 5000
     assert work[0] == work[1]
 
 
@@ -243,15 +243,15 @@ def test_a_full_mac_is_frozen_and_still_measures_familiarity() -> None:
     items = patterns(40, 30, 6, "freeze")
     with pytest.raises(Mistake, match="frozen"):
         memory.partial_fit(items)
-    bits = memory.levels[0].fields["U"].weights.clone()
+    bits = memory.grids[0].fields["U"].weights.clone()
     assert 0.3 < bits.double().mean() < 0.5
     for item in items:
         with pytest.raises(Mistake, match="force"):
             memory.learn(item)
         assert 0 < memory.recognise(item).familiarity <= 1
-    assert torch.equal(memory.levels[0].fields["U"].weights, bits)
+    assert torch.equal(memory.grids[0].fields["U"].weights, bits)
     memory.learn(items[-1], force=True)
-    assert memory.levels[0].fields["U"].weights.sum() > bits.sum()
+    assert memory.grids[0].fields["U"].weights.sum() > bits.sum()
 
 
 def test_one_frozen_mac_of_a_level_keeps_its_bits_while_the_others_learn() -> None:
@@ -260,7 +260,7 @@ def test_one_frozen_mac_of_a_level_keeps_its_bits_while_the_others_learn() -> No
     left, both = torch.zeros(40, dtype=torch.bool), patterns(20, 40, 12, "half")
     left[:19] = True
     memory.learn(left)
-    field = memory.levels[0].fields["U"]
+    field = memory.grids[0].fields["U"]
     for item in patterns(3, 20, 19, "fill"):
         memory.learn(torch.cat([item, torch.zeros(20, dtype=torch.bool)]))
         if field.frozen(0)[0]:
@@ -281,7 +281,7 @@ def test_too_few_or_too_many_inputs_silence_a_mac_and_it_sends_nothing() -> None
         x[:left] = True
         x[10:13] = True
         memory.learn(x)
-        state, _ = memory._watch(memory._frames(x))
+        state, _ = memory._watch(episodes(x, memory.shape))
         assert (state[0].code[0, :, 0] >= 0).tolist() == [running, True]
         if not running:
             assert (state[0].code[0, 0] == -1).all()
@@ -319,7 +319,7 @@ def test_two_sequences_that_share_a_frame_give_it_different_codes_and_are_recall
 def test_a_module_gets_nothing_from_itself() -> None:
     memory = Sparsey.mac(100, 5, 4, seed=0)
     memory.learn(patterns(12, 100, 9, "self"))
-    weights = memory.levels[0].fields["H"].weights[0].view(5, 4, 5, 4)
+    weights = memory.grids[0].fields["H"].weights[0].view(5, 4, 5, 4)
     assert weights.sum() > 0
     assert torch.diagonal(weights, dim1=0, dim2=2).sum() == 0
 
@@ -362,7 +362,7 @@ def test_back_off_takes_the_first_tier_that_clears_and_else_the_best_of_all() ->
 def test_unrepeated_traces_vanish_and_repeated_ones_stay() -> None:
     """Faithful means 11: window of 20 frames; one item once, one twice within it, one twice but too far apart."""
     memory = Sparsey.mac(300, 6, 8, permanence=20, csa=CSAConfig(g_min=0.2, chi=1e6, slope=200), freeze=1.0)
-    field = memory.levels[0].fields["U"]
+    field = memory.grids[0].fields["U"]
     once, twice = patterns(2, 300, 12, "trace")
     others = patterns(100, 300, 12, "others")
     memory.learn(once)
@@ -379,8 +379,8 @@ def test_unrepeated_traces_vanish_and_repeated_ones_stay() -> None:
     assert (field.born == FOREVER).sum() > 0
     x = torch.nn.functional.pad(once[None].double(), (0, 1))
     mine = field.born[0, once.nonzero()[:, 0]]
-    assert (field.alive(mine[(mine > 0) & (mine <= 2)], memory.levels[0].clock) == 0).all()
-    assert field.learn(x, torch.zeros(1, 6, dtype=torch.long), memory.levels[0].clock) is None
+    assert (field.alive(mine[(mine > 0) & (mine <= 2)], memory.grids[0].clock) == 0).all()
+    assert field.learn(x, torch.zeros(1, 6, dtype=torch.long), memory.grids[0].clock) is None
 
 
 def test_a_trace_by_age() -> None:
@@ -444,8 +444,8 @@ def test_counts_by_hand() -> None:
     """Two winners; the first was a's twice and b's once, the second b's alone: P = ((2/3 + 0) / 2, (1/3 + 1) / 2)."""
     memory = Sparsey.mac(10, 2, 2)
     for code, label in (((0, 0), "a"), ((0, 0), "a"), ((0, 1), "b")):
-        memory._label(torch.tensor([[code]]), label)
-    torch.testing.assert_close(memory._scores(torch.tensor([[[0, 1]]]), "counts"), torch.tensor([[1 / 3, 2 / 3]]))
+        memory.readout.learn(torch.tensor([[code]]), label)
+    torch.testing.assert_close(memory.readout.scores(torch.tensor([[[0, 1]]]), "counts"), torch.tensor([[1 / 3, 2 / 3]]))
 
 
 @pytest.mark.parametrize("permanence", [None, 30])
@@ -460,7 +460,7 @@ def test_saved_and_loaded_goes_on_exactly(tmp_path, permanence: int | None) -> N
     for one in (memory, loaded):
         for number, episode in enumerate(items[5:]):
             one.learn(episode, f"new {number}")
-    for a, b in zip(memory.levels, loaded.levels, strict=True):
+    for a, b in zip(memory.grids, loaded.grids, strict=True):
         for name, value in a.fields.items():
             assert torch.equal(value.weights, b.fields[name].weights)
             assert torch.equal(value.filled, b.fields[name].filled)
@@ -468,7 +468,7 @@ def test_saved_and_loaded_goes_on_exactly(tmp_path, permanence: int | None) -> N
     assert memory.recognise(items[6]).scores == loaded.recognise(items[6]).scores
     assert memory.classes == loaded.classes == [0, 1, "new 0", "new 1", "new 2"]
     if permanence is None:
-        weights = sum(field.weights.numel() for macs in memory.levels for field in macs.fields.values())
+        weights = sum(field.weights.numel() for macs in memory.grids for field in macs.fields.values())
         assert (tmp_path / "memory.safetensors").stat().st_size < weights / 8 + 20_000
     (tmp_path / "x").write_bytes(b"junk")
     with pytest.raises(Mistake, match="damaged"):
@@ -500,7 +500,7 @@ def test_what_it_cannot_read_is_refused(problem: str) -> None:
     memory = Sparsey.mac(20, 3, 3)
     with pytest.raises(Mistake, match=problem):
         REFUSED[problem](memory)
-    assert memory.levels[0].clock == 0
+    assert memory.grids[0].clock == 0
 
 
 def test_a_readout_that_is_not_kept_is_refused() -> None:

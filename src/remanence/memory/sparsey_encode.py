@@ -19,6 +19,31 @@ from torch import Tensor
 from remanence.errors import Mistake
 
 
+def episodes(x: object, shape: tuple[int, int], *, rows: bool = False) -> Bool[Tensor, "N T F"]:
+    """Return input as episodes of binary frames: a frame (F,), an episode (T, F), a batch of them (N, T, F), or rows (N, F) of one frame each.
+
+    Raises:
+        Mistake: it is not binary, is empty, or has another size than `shape`.
+    """
+    found = torch.as_tensor(x)
+    if rows and found.ndim != 2:
+        raise Mistake("X", f"has shape {tuple(found.shape)}", "give rows of features (N, F)")
+    if rows:
+        found = found[:, None]
+    elif 1 <= found.ndim <= 3:
+        found = found[(None,) * (3 - found.ndim)]
+    features = shape[0] * shape[1]
+    if found.ndim != 3 or found.shape[-1] != features:
+        raise Mistake("input", f"has shape {tuple(found.shape)}", f"this memory reads frames of {features} features")
+    if found.numel() == 0:
+        raise Mistake("input", "has no frame", "give at least one")
+    if found.dtype != torch.bool and not bool(((found == 0) | (found == 1)).all()):
+        raise Mistake("input", "is not binary", "encode it first: `binarise` or `strongest_orientations` of memory.sparsey_encode")
+    if not bool(found.bool().any(-1).all()):
+        raise Mistake("input", "a frame is empty: nothing is on", "leave it out, or encode it otherwise")
+    return found.bool()
+
+
 def binarise(images: Float[Tensor, "N *shape"], threshold: float = 0.5) -> Bool[Tensor, "N F"]:
     """Return which values lie above a threshold."""
     return (_finite(images) > threshold).flatten(1)

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -31,14 +32,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from remanence.errors import Mistake, nearest
+from remanence.errors import Mistake
 from remanence.memory.sparsey import CSAConfig, Frame, activity
-from remanence.memory.sparsey_level import Macs
+from remanence.memory.sparsey_encode import episodes
+from remanence.memory.sparsey_readout import Readout
 from remanence.memory.sparsey_wiring import Level, build, pixels
 from remanence.seeds import generator
 from remanence.storage import load_tree, save_tree
 
-READOUTS = ("counts", "nearest")
 KIND = "sparsey"
 
 
@@ -58,6 +59,7 @@ class Recalled(NamedTuple):
     familiarity: Float[Tensor, " n"]
 
 
+@dataclass(eq=False)
 class Sparsey:
     """An associative memory of binary frames and sequences.
 
@@ -68,20 +70,24 @@ class Sparsey:
         readouts: how labels are read: `counts` of winners, `nearest` stored code; the first is the usual one. `nearest` keeps every labelled code.
     """
 
-    def __init__(self, levels: Sequence[Level], shape: tuple[int, int], *, seed: int = 0, readouts: Sequence[str] = ("counts",)):
-        if not levels:
+    levels: Sequence[Level]
+    shape: tuple[int, int]
+    seed: int = 0
+    readouts: Sequence[str] = ("counts",)
+
+    def __post_init__(self) -> None:
+        if not self.levels:
             raise Mistake("levels", "there is no level", "give at least one")
-        for name in readouts:
-            if name not in READOUTS:
-                raise Mistake("readouts", f"no readout '{name}'", nearest(name, READOUTS))
-        self.specs, self.shape, self.seed, self.readouts = tuple(levels), shape, seed, tuple(readouts)
-        self.levels = [build(self.specs, number, shape, seed) for number in range(len(levels))]
-        self.persistence = [2**number if spec.persistence is None else spec.persistence for number, spec in enumerate(levels)]
-        self.random = generator(seed, "codes")
-        self.classes: list[Hashable] = []
-        self.counts: Float[Tensor, "C cells"] = torch.zeros(0, self._top.count * self._top.modules * self._top.cells)
-        self.codes: list[Tensor] = []
-        self.labels: list[int] = []
+        self.grids = [build(self.levels, number, self.shape, self.seed) for number in range(len(self.levels))]
+        self.persistence = [2**number if level.persistence is None else level.persistence for number, level in enumerate(self.levels)]
+        self.random = generator(self.seed, "codes")
+        top = self.levels[-1]
+        self.readout = Readout(self.grids[-1].count, top.modules, top.cells, self.readouts)
+
+    @property
+    def classes(self) -> list[Hashable]:
+        """The labels, in the order in which they came."""
+        return self.readout.classes
 
     @classmethod
     def mac(
@@ -101,10 +107,6 @@ class Sparsey:
         level = Level((1, 1), None, modules, cells, csa or CSAConfig(), pi, freeze, permanence, radius=0)
         return cls([level], (1, features), seed=seed, readouts=readouts)
 
-    @property
-    def _top(self) -> Macs:
-        return self.levels[-1]
-
     def learn(self, x: object, label: Hashable | None = None, *, force: bool = False) -> Recognition:
         """Store a frame (F,) or an episode (T, F), in one look.
 
@@ -116,17 +118,17 @@ class Sparsey:
         Raises:
             Mistake: the input is not binary, is empty or of another size, or all macs of level 0 are frozen.
         """
-        frames = self._frames(x)
+        frames = episodes(x, self.shape)
         if len(frames) != 1:
             raise Mistake("learn", f"got {len(frames)} episodes", "store one after the other: the code of each depends on those before")
-        if not force and bool(self.levels[0].fields["U"].frozen(self.levels[0].clock).all()):
+        if not force and bool(self.grids[0].fields["U"].frozen(self.grids[0].clock).all()):
             raise Mistake("learn", "the memory is frozen: its weights are set beyond `freeze`", "make a larger one, or say force=True")
         state, seen = None, []
         for t in range(frames.shape[1]):
             state = self._step(frames[:, t], state, t, learn=True, force=force)
             seen.append(state[-1])
         if label is not None:
-            self._label(seen[-1].code, label)
+            self.readout.learn(seen[-1].code, label)
         return _recognition(seen, None, frames.shape[1] == 1)
 
     def recognise(self, x: object) -> Recognition:
@@ -135,11 +137,11 @@ class Sparsey:
         Raises:
             Mistake: the input is not binary, is empty or of another size.
         """
-        frames = self._frames(x)
+        frames = episodes(x, self.shape)
         seen = self._watch(frames)[1]
         scores = None
         if self.classes and len(frames) == 1:
-            scores = dict(zip(self.classes, self._scores(seen[-1].code, self.readouts[0])[0].tolist(), strict=True))
+            scores = dict(zip(self.classes, self.readout.scores(seen[-1].code)[0].tolist(), strict=True))
         return _recognition(seen, scores, frames.shape[1] == 1)
 
     def recall(self, prefix: object, n: int, *, support: float = 0.9) -> Recalled:
@@ -150,10 +152,10 @@ class Sparsey:
             n: how many to recall.
             support: share of a mac's winners that a pixel must be connected with, to be on.
         """
-        frames = self._frames(prefix)
-        if n < 1 or not self.levels[0].fields.keys() - {"U"}:
+        frames = episodes(prefix, self.shape)
+        if n < 1 or not self.grids[0].fields.keys() - {"U"}:
             raise Mistake(
-                "recall", f"n={n}, fields {', '.join(self.levels[0].fields)}", "ask for at least one frame, of a level with H or D"
+                "recall", f"n={n}, fields {', '.join(self.grids[0].fields)}", "ask for at least one frame, of a level with H or D"
             )
         state, _ = self._watch(frames)
         found = []
@@ -161,7 +163,7 @@ class Sparsey:
             state = self._step(None, state, t)
             found.append(state[0])
         code = torch.cat([frame.code for frame in found])
-        return Recalled(pixels(self.levels[0], code) >= support, code, torch.cat([_mean(frame) for frame in found]))
+        return Recalled(pixels(self.grids[0], code) >= support, code, torch.cat([_mean(frame) for frame in found]))
 
     def novelty(self, x: object) -> float:
         """Return 1 - G of the last frame."""
@@ -169,13 +171,13 @@ class Sparsey:
 
     def similarity(self, a: object, b: object) -> float:
         """Return the share of modules in which both codes have the same winner, over macs that run for either."""
-        one, two = (self._watch(self._frames(x))[1][-1].code[0] for x in (a, b))
+        one, two = (self._watch(episodes(x, self.shape))[1][-1].code[0] for x in (a, b))
         either = (one >= 0) | (two >= 0)
         return float(((one == two) & either).sum() / either.sum().clamp(min=1))
 
-    def partial_fit(self, X: object, y: Sequence[Hashable] | None = None, *, force: bool = False) -> Self:
+    def partial_fit(self, X: object, y: Any = None, *, force: bool = False) -> Self:
         """Store rows (N, F), one after the other: what the n-th becomes depends on those before, so there is no exact batch."""
-        frames = self._frames(X, rows=True)
+        frames = episodes(X, self.shape, rows=True)
         if y is not None and len(y) != len(frames):
             raise Mistake("y", f"has {len(y)} labels for {len(frames)} rows", "give one per row")
         plain = [None] * len(frames) if y is None else y.tolist() if hasattr(y, "tolist") else list(y)
@@ -194,39 +196,30 @@ class Sparsey:
         Raises:
             Mistake: no label was ever given, or the readout is not kept.
         """
-        readout = readout or self.readouts[0]
-        if not self.classes:
-            raise Mistake("predict", "no label was ever learned", "give labels to partial_fit")
-        if readout not in self.readouts:
-            raise Mistake("readout", f"'{readout}' is not kept", f"make the memory with readouts=('{readout}',)")
-        return self._scores(self.encode(X), readout)
+        return self.readout.scores(self.encode(X), readout)
 
-    def score(self, X: object, y: Sequence[Hashable]) -> float:
+    def score(self, X: object, y: Any) -> float:
         """Return the share of rows whose class is right."""
         found, right = self.predict(X), y.tolist() if hasattr(y, "tolist") else list(y)
         return sum(a == b for a, b in zip(found, right, strict=True)) / len(found)
 
     def encode(self, X: object) -> Int[Tensor, "N M Q"]:
         """Return the top level's code of each row (N, F)."""
-        return self._watch(self._frames(X, rows=True))[1][-1].code
+        return self._watch(episodes(X, self.shape, rows=True))[1][-1].code
 
     def transform(self, X: object) -> Bool[Tensor, "N cells"]:
         """Return the codes of rows (N, F) as cells on or off, for a classifier on top."""
-        code = self.encode(X)
-        return activity(code, torch.ones(code.shape[:2]), self._top.cells)[:, :-1] > 0
+        return self.readout.units(self.encode(X)) > 0
 
     def save(self, path: str | Path) -> None:
         """Write the memory as one file, weights as packed bits; it goes on exactly where it was."""
         tree = {
             "kind": KIND,
-            "levels": [dataclasses.asdict(spec) for spec in self.specs],
+            "levels": [dataclasses.asdict(level) for level in self.levels],
             "settings": {"shape": self.shape, "seed": self.seed, "readouts": self.readouts},
-            "weights": [macs.state() for macs in self.levels],
+            "weights": [macs.state() for macs in self.grids],
             "random": self.random.get_state(),
-            "classes": list(self.classes),
-            "counts": self.counts,
-            "codes": torch.cat(self.codes).to(torch.int16) if self.codes else None,
-            "labels": self.labels,
+            "readout": self.readout.state(),
         }
         save_tree(path, tree)
 
@@ -241,11 +234,10 @@ class Sparsey:
         if not isinstance(tree, dict) or tree.get("kind") != KIND:
             raise Mistake(path, "is no Sparsey memory", "name a file that Sparsey.save wrote")
         memory = cls([Level(**spec | {"csa": CSAConfig(**spec["csa"])}) for spec in tree["levels"]], **tree["settings"])
-        for macs, state in zip(memory.levels, tree["weights"], strict=True):
+        for macs, state in zip(memory.grids, tree["weights"], strict=True):
             macs.load_state(state)
         memory.random.set_state(tree["random"])
-        memory.classes, memory.counts, memory.labels = list(tree["classes"]), tree["counts"], list(tree["labels"])
-        memory.codes = [] if tree["codes"] is None else list(tree["codes"].long()[:, None].unbind(0))
+        memory.readout.load_state(tree["readout"])
         return memory
 
     def _watch(self, frames: Bool[Tensor, "N T F"]) -> tuple[list[Frame], list[Frame]]:
@@ -263,14 +255,14 @@ class Sparsey:
         """Go one frame further, from the input (None: from memory) upwards; a level whose code persists keeps it."""
         below = None if x is None else torch.nn.functional.pad(x.double(), (0, 1))
         now: list[Frame] = []
-        for number, macs in enumerate(self.levels):
+        for number, macs in enumerate(self.grids):
             if before is not None and t % self.persistence[number]:
                 now.append(before[number])
             else:
                 inputs = {} if below is None else {"U": below}
                 for name, source in (("H", number), ("D", number + 1)):
                     if before is not None and name in macs.fields:
-                        inputs[name] = activity(before[source].code, before[source].sent, self.levels[source].cells)
+                        inputs[name] = activity(before[source].code, before[source].sent, self.grids[source].cells)
                 uniforms = torch.rand(macs.count, macs.modules, generator=self.random, dtype=torch.float64) if learn else None
                 first = before is None
                 now.append(
@@ -278,52 +270,6 @@ class Sparsey:
                 )
             below = activity(now[-1].code, now[-1].sent, macs.cells)
         return now
-
-    def _label(self, code: Int[Tensor, "1 M Q"], label: Hashable) -> None:
-        """Note the class of a code."""
-        if label not in self.classes:
-            self.classes.append(label)
-            self.counts = torch.cat([self.counts, torch.zeros(1, self.counts.shape[1])])
-        number = self.classes.index(label)
-        self.counts[number] += activity(code, torch.ones(code.shape[:2]), self._top.cells)[0, :-1].float()
-        if "nearest" in self.readouts:
-            self.codes.append(code)
-            self.labels.append(number)
-
-    def _scores(self, code: Int[Tensor, "N M Q"], readout: str) -> Float[Tensor, "N C"]:
-        """Return the mean over modules of P(class | winner), or the largest overlap with a stored code of each class."""
-        cells = activity(code, torch.ones(code.shape[:2]), self._top.cells)[:, :-1].float()
-        modules = self._top.count * self._top.modules
-        if readout == "counts":
-            return cells @ (self.counts / self.counts.sum(0).clamp(min=1)).T / modules
-        stored = torch.cat(self.codes)
-        overlap = cells @ activity(stored, torch.ones(stored.shape[:2]), self._top.cells)[:, :-1].float().T / modules
-        labels = torch.tensor(self.labels).expand(len(code), -1)
-        return torch.zeros(len(code), len(self.classes)).scatter_reduce_(1, labels, overlap, "amax")
-
-    def _frames(self, x: object, *, rows: bool = False) -> Bool[Tensor, "N T F"]:
-        """Return input as episodes of binary frames.
-
-        Raises:
-            Mistake: what it is instead.
-        """
-        found = torch.as_tensor(x)
-        if rows:
-            if found.ndim != 2:
-                raise Mistake("X", f"has shape {tuple(found.shape)}", "give rows of features (N, F)")
-            found = found[:, None]
-        found = found[(None,) * (3 - found.ndim)] if 1 <= found.ndim <= 3 else found
-        features = self.shape[0] * self.shape[1]
-        if found.ndim != 3 or found.shape[-1] != features:
-            raise Mistake("input", f"has shape {tuple(found.shape)}", f"this memory reads frames of {features} features")
-        if found.numel() == 0:
-            raise Mistake("input", "has no frame", "give at least one")
-        if found.dtype != torch.bool and not bool(((found == 0) | (found == 1)).all()):
-            raise Mistake("input", "is not binary", "encode it first: `binarise` or `strongest_orientations` of memory.sparsey_encode")
-        found = found.bool()
-        if not bool(found.any(-1).all()):
-            raise Mistake("input", "a frame is empty: nothing is on", "leave it out, or encode it otherwise")
-        return found
 
 
 def _mean(frame: Frame) -> Float[Tensor, " N"]:
