@@ -74,7 +74,7 @@ def strongest_orientations(images: Float[Tensor, "N H W"], strongest: int = 24, 
 
 
 def skeletons(images: Float[Tensor, "N H W"], size: tuple[int, int] = (24, 16), threshold: float = 0.5) -> Bool[Tensor, "N F"]:
-    """Return the strokes of drawings, one pixel wide: cropped to what is drawn, scaled to `size`, binarised, thinned.
+    """Return the strokes of drawings, one pixel wide: what is drawn is centred, scaled to fill `size` in its own proportions, binarised, thinned.
 
     Args:
         images: bright on dark, in [0, 1].
@@ -84,13 +84,10 @@ def skeletons(images: Float[Tensor, "N H W"], size: tuple[int, int] = (24, 16), 
     drawn = _finite(images) > threshold
     if not bool(drawn.flatten(1).any(1).all()):
         raise Mistake("images", "in one of them nothing is brighter than the threshold", "lower it or leave that image out")
-    lines, columns = (_span(drawn.any(axis)) for axis in (2, 1))
-    across = [torch.linspace(-1, 1, length) for length in size]
-    ends = [(edges / (length - 1) * 2 - 1) for edges, length in zip((lines, columns), images.shape[1:], strict=True)]
-    y, x = (
-        (first + last)[:, None] / 2 + (last - first)[:, None] / 2 * step
-        for (first, last), step in zip((edge.unbind(1) for edge in ends), across, strict=True)
-    )
+    spans = torch.stack([_span(drawn.any(axis)) for axis in (2, 1)], 1)  # (N, 2, 2): rows and columns, first and last
+    step = ((spans[..., 1] - spans[..., 0] + 1) / torch.tensor(size)).amax(1)[:, None]  # pixels of the image per pixel of the result
+    y, x = (spans[:, axis].mean(1, keepdim=True) + step * (torch.arange(size[axis]) - (size[axis] - 1) / 2) for axis in (0, 1))
+    y, x = (place / (length - 1) * 2 - 1 for place, length in zip((y, x), images.shape[1:], strict=True))
     grid = torch.stack(torch.broadcast_tensors(x[:, None, :], y[:, :, None]), -1)
     scaled = torch.nn.functional.grid_sample(images[:, None].float(), grid.float(), align_corners=True)[:, 0]
     return thin(scaled > threshold).flatten(1)
