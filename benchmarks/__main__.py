@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.timing import Figure, PeerMissing, machine
 
-NAMES = ("loop", "fisher", "replay", "dampening", "influence", "request_cost", "npo_openunlearning")
+NAMES = ("loop", "fisher", "replay", "dampening", "influence", "request_cost", "sparsey", "npo_openunlearning")
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 

@@ -236,7 +236,6 @@ CLAIM = Claim(
         "nearest",
         "nearest sorted",
         "accuracy sorted",
-        "mnist",
     ),
     minutes=2,
     notes=(
