@@ -254,6 +254,20 @@ def test_a_full_mac_is_frozen_and_still_measures_familiarity() -> None:
     assert memory.grids[0].fields["U"].weights.sum() > bits.sum()
 
 
+def test_a_level_that_is_full_goes_on_serving_the_one_above() -> None:
+    """Faithful means 7: after its critical period the lower level only recognises, and the upper one still learns."""
+    lower, upper = Level((1, 2), (1, 20), 4, 6, freeze=0.2), Level((1, 1), None, 8, 40)
+    memory = Sparsey([lower, upper], (1, 40))
+    items = patterns(30, 40, 12, "serve")
+    memory.partial_fit(items[:15])
+    below, above = (macs.fields["U"] for macs in memory.grids)
+    assert below.frozen(0).all()
+    before = below.weights.clone(), above.weights.clone()
+    memory.partial_fit(items[15:])
+    assert torch.equal(below.weights, before[0])
+    assert above.weights.sum() > before[1].sum()
+
+
 def test_one_frozen_mac_of_a_level_keeps_its_bits_while_the_others_learn() -> None:
     """Faithful means 7, field by field."""
     memory = Sparsey([Level((1, 2), (1, 20), 4, 4, freeze=0.3, radius=None)], (1, 40))

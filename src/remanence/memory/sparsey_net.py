@@ -116,12 +116,12 @@ class Sparsey:
             force: learn in frozen fields as well.
 
         Raises:
-            Mistake: the input is not binary, is empty or of another size, or all macs of level 0 are frozen.
+            Mistake: the input is not binary, is empty or of another size, or every mac is frozen.
         """
         frames = episodes(x, self.shape)
         if len(frames) != 1:
             raise Mistake("learn", f"got {len(frames)} episodes", "store one after the other: the code of each depends on those before")
-        if not force and bool(self.grids[0].fields["U"].frozen(self.grids[0].clock).all()):
+        if not force and all(bool(macs.fields["U"].frozen(macs.clock).all()) for macs in self.grids):
             raise Mistake("learn", "the memory is frozen: its weights are set beyond `freeze`", "make a larger one, or say force=True")
         state, seen = None, []
         for t in range(frames.shape[1]):
