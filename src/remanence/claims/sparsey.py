@@ -109,6 +109,32 @@ def part_c(arm: str, seed: int, train: torch.Tensor, labels: np.ndarray, test: t
     }
 
 
+def mnist(arm: str, seed: int, per_class: int = 200) -> float:
+    """Return the accuracy on MNIST's test part after one look at `per_class` images of each class, as skeletons of 24 x 16 pixels.
+
+    An exhibit: no arm runs it. `csa`, `random codes` and `1-nn` are known to it; it reads ${REMANENCE_DATA}/mnist10k.
+    """
+    import torch
+
+    from remanence.data.sources import load_rows
+    from remanence.memory.sparsey import CSAConfig
+    from remanence.memory.sparsey_encode import skeletons
+    from remanence.memory.sparsey_net import Sparsey
+
+    sets = []
+    for part in ("train", "test"):
+        rows = load_rows({"mnist": {"part": part}}, kind="classes").with_format("numpy")
+        sets.append((skeletons(torch.from_numpy(np.stack(rows["features"]))), np.array(rows["label"])))
+    (images, labels), (test, right) = sets
+    shuffled = np.random.default_rng(seed).permutation(len(labels))
+    chosen = np.sort(np.concatenate([np.flatnonzero(labels[shuffled] == digit)[:per_class] for digit in range(10)]))
+    images, labels = images[shuffled[chosen]], labels[shuffled[chosen]]
+    if arm == "1-nn":
+        return float((_nearest(images, labels, test) == right).mean())
+    csa = CSAConfig(g_min=0.85, g_exp=2, chi=1, centre=0.9, slope=40)  # inputs never seen have G of 0.83 there
+    return Sparsey.mac(384, 10, 1000, _selection(arm, csa), freeze=1.0, seed=seed).partial_fit(images, labels).score(test, right)
+
+
 def store(memory: Sparsey, frames: torch.Tensor, arm: str, labels: np.ndarray | None = None) -> torch.Tensor:
     """Store frames one after the other and return their codes (N, M, Q); `argmax only` stores each with the code that recognition gives it."""
     import torch
