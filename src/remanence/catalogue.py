@@ -512,6 +512,16 @@ ENTRIES: tuple[Entry, ...] = (
         "2502.02046",
         "memory-reweaving",
     ),
+    Entry(
+        "sparsey",
+        "remember",
+        "memory.sparsey_net:Sparsey",
+        "sparse codes",
+        "Store an input in one look, without gradients: binary codes with as much noise as the input is novel, so that similar inputs share cells.",
+        "Superposed Episodic and Semantic Memory via Sparse Distributed Representation, Rinkus and Leveille 2017",
+        "1710.07829",
+        "sparsey",
+    ),
 )
 
 PROTOCOLS: dict[str, type] = {"learn": Learner, "forget": Forgetter, "measure": Probe}
