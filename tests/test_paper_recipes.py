@@ -63,7 +63,7 @@ def toy_memory_lm(folder: Path) -> PreTrainedModel:
     architectures.register()
     tree = json.loads((folder / "config.json").read_text())
     tree |= {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    if "heads" in tree["memory"]:
+    if "heads" in (tree.get("memory") or {}):
         tree["memory"]["heads"] = 4
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(**tree))
 
