@@ -4,7 +4,7 @@ The gradients of a chunk are all taken at the weights that opened it, so they co
 retention, what accumulates is Z_t = B_t Z_0 - sum_j G_tj a_j delta_j^T with B and G products of gates; only W_t = link(Z_t) differs. Where the link does
 nothing, tokens read by masked linear attention and no token's weights are built; where it does something, `mode` says how exactly.
 
-Paper: Behrouz, Razaviyayn, Zhong and Mirrokni 2025, "It's All Connected", arXiv 2504.13173, section 5.3; the products of gates are those of `dual.py` (Titans).
+Paper: Behrouz, Razaviyayn, Zhong and Mirrokni 2025, "It's All Connected", arXiv 2504.13173, section 5.3; the products of gates are those of `gates.py` (Titans).
 Z_t = alpha_t Z_{t-1} - eta_t g_t (gd), or Z_t = alpha_t Z_{t-1} + S_t, S_t = mu_t S_{t-1} - eta_t g_t (momentum).
 
 | memory | M(x) | weights, per layer (N, I, O) | axis of a channel-wise gate |
@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from remanence.memory.bias import Bias
-from remanence.memory.dual import Gates, Rule, gate_matrices, rank_one_gradients
+from remanence.memory.dual import Rule, rank_one_gradients
+from remanence.memory.gates import Gates, gate_matrices
 from remanence.memory.inner import Norm, Weights, finish, network
 from remanence.memory.retention import Retention, log_link
 
