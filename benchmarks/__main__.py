@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.timing import Figure, PeerMissing, machine
 
-NAMES = ("loop", "fisher", "replay", "dampening", "influence", "request_cost", "npo_openunlearning", "memory_cache")
+NAMES = ("loop", "fisher", "replay", "dampening", "influence", "request_cost", "npo_openunlearning", "titans_memory", "memory_cache")
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 

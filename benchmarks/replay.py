@@ -11,13 +11,11 @@ the peer would take a last step on the three rows that are left over, mostly on 
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ import torch
 from datasets import concatenate_datasets
 from torch import nn
 
-from benchmarks.timing import Figure, Seconds, clocked, figure
+from benchmarks.timing import Figure, Seconds, clocked, conversation, figure
 from remanence.data.digits import digits
 from remanence.learn.replay import Replay
 from remanence.models.forward import fresh_weights
@@ -53,28 +51,6 @@ def environment(folder: Path = FOLDER) -> Path:
             subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages], check=True)
         done.touch()
     return python
-
-
-@contextmanager
-def peer(python: Path) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
-    """Start avalanche and give a function that sends it an order and returns its answer."""
-    script = Path(__file__).with_name("replay_avalanche.py")
-    with subprocess.Popen([python, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
-        if child.stdin is None or child.stdout is None:
-            raise RuntimeError("the peer has no pipes")
-
-        def ask(order: dict[str, Any]) -> dict[str, Any]:
-            child.stdin.write(json.dumps(order) + "\n")  # type: ignore[union-attr]
-            child.stdin.flush()  # type: ignore[union-attr]
-            answer = child.stdout.readline()  # type: ignore[union-attr]
-            if not answer:
-                raise RuntimeError(f"avalanche stopped; run {python} {script} and give it {json.dumps(order)}")
-            return json.loads(answer)
-
-        try:
-            yield ask
-        finally:
-            child.stdin.close()
 
 
 def network(seed: int) -> nn.Module:
@@ -143,7 +119,7 @@ def run(*, tiny: bool = False) -> list[Figure]:
         ),
     }
     found: dict[str, dict[str, list[Any]]] = {name: {"ours": [], "peer": [], "right": [], "peer_right": []} for name in modes}
-    with tempfile.TemporaryDirectory() as folder, peer(environment()) as ask:
+    with tempfile.TemporaryDirectory() as folder, conversation([environment(), Path(__file__).with_name("replay_avalanche.py")]) as ask:
         for seed in seeds:
             file = Path(folder) / f"{seed}.npz"
             weights = {f"weight.{name}": value.numpy() for name, value in network(seed).state_dict().items()}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 Seconds = tuple[float, float]  # of the processor, on the wall
@@ -117,3 +121,26 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+@contextmanager
+def conversation(
+    command: Sequence[str | Path], env: Mapping[str, str] | None = None
+) -> Iterator[Callable[[dict[str, Any]], dict[str, Any]]]:
+    """Start a peer that answers each line of JSON by one, and give a function that sends it an order and returns its answer."""
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env) as child:
+        if child.stdin is None or child.stdout is None:
+            raise RuntimeError("the peer has no pipes")
+
+        def ask(order: dict[str, Any]) -> dict[str, Any]:
+            child.stdin.write(json.dumps(order) + "\n")  # type: ignore[union-attr]
+            child.stdin.flush()  # type: ignore[union-attr]
+            answer = child.stdout.readline()  # type: ignore[union-attr]
+            if not answer:
+                raise RuntimeError(f"the peer stopped; run {' '.join(map(str, command))} and give it {json.dumps(order)}")
+            return json.loads(answer)
+
+        try:
+            yield ask
+        finally:
+            child.stdin.close()

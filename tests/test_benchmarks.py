@@ -25,7 +25,9 @@ def _same_threads():
 
 
 @pytest.mark.usefixtures("_same_threads")
-@pytest.mark.parametrize(("name", "count"), [("loop", 4), ("fisher", 3), ("influence", 10), ("request_cost", 9), ("memory_cache", 9)])
+@pytest.mark.parametrize(
+    ("name", "count"), [("loop", 4), ("fisher", 3), ("influence", 10), ("request_cost", 9), ("titans_memory", 8), ("memory_cache", 9)]
+)
 def test_a_benchmark_prints_and_saves_its_figures(name: str, count: int, tmp_path, monkeypatch, capsys) -> None:
     (tmp_path / "benchmarks.md").write_text(f"# Speed\n{command.BEGIN}\nold\n{command.END}\nafter\n")
     monkeypatch.setattr(command, "save", lambda records, save=command.save: save(records, tmp_path))

@@ -17,7 +17,7 @@ S_t = eta_t S_{t-1} - theta_t grad l(M_{t'}; k_t, v_t);  M_t = (1 - alpha_t) M_{
 | b | Rule.chunk | tokens | 32 |
 | grad of l by the prediction | Rule.bias(prediction, v, extra) | (N, b, D) | 2 (prediction - v) |
 | W = link(Z), Z what accumulates (Miras) | Rule.link on all layers | as W | None: W = Z |
-| M(x) = x + LN(...) | norm: LN's scale and shift; None: M(x) = ... | (N or 1, 1, D) each | |
+| M(x) = x + LN(...) | norm: LN's scale and shift; None: M(x) = ... | (N, 1, D) each | |
 
 Use: N is batch x heads, each with its own memory.
     carry = start(W, tokens, momentum=True)               # W from the learned beginning, expanded to N
@@ -28,25 +28,29 @@ Use: N is batch x heads, each with its own memory.
 Without a link every way of reading is the same and exact. With one, Rule.within says how tokens inside a chunk read: "exact" builds Z_t for each
 (memory b D_in D_out), "linear" reads link(Z) of the chunk's start plus the chunk's linear change, "start" reads link(Z) of the chunk's start.
 
-Differs from the paper: the products of gates are running products of a triangular matrix, not quotients, so eta = 0 and alpha = 1 are safe.
-Cost per chunk and layer: O(b^2 D + b D^2) time; a Python loop over T / b chunks. `read_write_reference` goes token by token with torch.func's gradient.
+Differs from the paper: it gives the chunk form for one matrix and says nothing of deeper ones; write masks, partial chunks, bounds and links are ours.
+Cost per chunk and layer: O(b^2 D + b D^2) time; a Python loop over T / b chunks. The loop and its backward pass by hand are in scan.py;
+with a link, a bound on the gradient or `watch`, autograd goes through the loop here, which says the same in plain form.
+`read_write_reference` goes token by token with torch.func's gradient.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from itertools import repeat, starmap
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from remanence.memory.inner import Norm, Weights, finish, gelu_slope, layer_norm_backward, network, standardised
+from remanence.memory.gates import Gates, delayed, gate_matrices, steps
+from remanence.memory.inner import Bias, Norm, Weights, finish, gelu_slope, layer_norm_backward, network, standardised
+from remanence.memory.scan import Chunks, scan
 
-Bias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 Link = Callable[[Weights], Weights]
 
 
@@ -78,16 +82,6 @@ class Reading(NamedTuple):
     surprise: Float[Tensor, "N T"] | None
 
 
-class Gates(NamedTuple):
-    """The gates of chunks: M_t = beta_t M_0 + f_t S_0 - sum_j G_tj u_j and S_t = m_t S_0 - sum_j n_tj u_j (f, m, n: None without momentum)."""
-
-    beta: Float[Tensor, "*C b"]
-    G: Float[Tensor, "*C b b"]
-    f: Float[Tensor, "*C b"] | None
-    m: Float[Tensor, "*C b"] | None
-    n: Float[Tensor, "*C b b"] | None
-
-
 def squared_error(prediction: Float[Tensor, "N b D"], v: Float[Tensor, "N b D"], extra: Tensor | None) -> Float[Tensor, "N b D"]:
     """Return the gradient of ||prediction - v||^2, summed over features."""
     return 2 * (prediction - v)
@@ -104,6 +98,7 @@ class Rule:
         bias: gradient of the inner loss by the prediction.
         link: weights from what accumulates.
         within: how tokens inside a chunk read through the link.
+        recompute: chunks whose insides are computed again at a time in the backward pass; 0: all are kept. Not with a link or a bound on the gradient.
     """
 
     chunk: int = 32
@@ -112,6 +107,7 @@ class Rule:
     bias: Bias = squared_error
     link: Link | None = None
     within: Literal["exact", "linear", "start"] = "exact"
+    recompute: int = 0
 
     def weights(self, Z: Weights) -> Weights:
         """Return the network's weights."""
@@ -131,18 +127,22 @@ def read_write(rule: Rule, carry: Carry, q: Float[Tensor, "N T D"], tokens: Toke
     closed = total // b
     filled = _map(lambda part: _chunks(part, b), everything)  # (C, N, b, ...), the rest not written
     gates = gate_matrices(filled.theta, filled.eta, filled.alpha, filled.write)
-    reading_gates = gates if rule.read == "after" else _delayed(gates)
+    reading_gates = gates if rule.read == "after" else delayed(gates)
     queries = _chunks(F.pad(q, (0, 0, r, 0)), b)
+    if closed and rule.link is None and rule.max_grad_norm is None and not watch:
+        chunks = Chunks(queries, filled.k, filled.v, filled.extra)
+        y, W, S = scan(rule.bias, carry.W, carry.S, chunks, steps(gates, reading_gates), norm, closed, rule.recompute)
+        return Reading(y.transpose(0, 1).flatten(1, 2)[:, r:total], Carry(W, S, _cut(everything, closed * b, total)), None)
     W, S, ys, norms = carry.W, carry.S, [], []
-    per_chunk = zip(*(_each(part) for part in (queries, filled.k, filled.v, filled.extra)), _gates_each(gates), _gates_each(reading_gates))
-    for c, (x, k, v, extra, write_gates, read_gates) in enumerate(per_chunk):
+    per_chunk = zip(_each((queries, filled.k, filled.v, filled.extra)), starmap(Gates, _each(gates)), starmap(Gates, _each(reading_gates)))
+    for c, ((x, k, v, extra), write_gates, read_gates) in enumerate(per_chunk):
         point = rule.weights(W)
         a, delta, surprise = rank_one_gradients(rule, point, k, v, extra, norm, watch)
         ys.append(_read(rule, W, point, S, a, delta, read_gates, x, norm))
         norms.append(surprise)
         if c < closed:
             W, S = write_chunk(W, S, a, delta, write_gates)
-    y = torch.cat(ys, 1)[:, r:total] if ys else torch.zeros_like(q)
+    y = torch.cat(ys, 1)[:, r:total] if ys else q
     surprise = torch.cat([one for one in norms if one is not None], 1)[:, r:total] if watch and norms else None
     return Reading(y, Carry(W, S, _cut(everything, closed * b, total)), surprise)
 
@@ -178,26 +178,6 @@ def unpack(tensors: dict[str, Tensor], seen: int, chunk: int) -> Carry:
     return Carry(W, S, _cut(Tokens(**parts), 0, seen % chunk))  # type: ignore[arg-type]
 
 
-def gate_matrices(
-    theta: Float[Tensor, "*C b"], eta: Float[Tensor, "*C b"] | None, alpha: Float[Tensor, "*C b"] | None, write: Bool[Tensor, "*C b"]
-) -> Gates:
-    """Fold the gates of chunks: G = A diag(w) n, f = A (w m), n = E diag(theta), A and E the running products of 1 - alpha and eta (sheet: ours)."""
-    w = write.to(theta.dtype)
-    keep = torch.ones_like(theta) if alpha is None else 1 - alpha * w
-    A, step = running_products(keep), (theta * w)[..., None, :]
-    if eta is None:
-        return Gates(keep.cumprod(-1), A * step, None, None, None)
-    eta = torch.where(write, eta, 1)
-    n, m, A = running_products(eta) * step, eta.cumprod(-1), A * w[..., None, :]
-    return Gates(keep.cumprod(-1), A @ n, (A @ m[..., None])[..., 0], m, n)
-
-
-def running_products(x: Float[Tensor, "*C b"]) -> Float[Tensor, "*C b b"]:
-    """Return prod_{l=j+1..t} x_l at (t, j), 1 on the diagonal and 0 above it: without logarithms or quotients, so zeros are safe."""
-    below = torch.ones(x.shape[-1], x.shape[-1], dtype=torch.bool, device=x.device).tril(-1)
-    return torch.where(below, x[..., :, None], 1).cumprod(-2).tril()
-
-
 def rank_one_gradients(
     rule: Rule, W: Weights, k: Tensor, v: Tensor, extra: Tensor | None, norm: Norm | None, watch: bool
 ) -> tuple[list[Float[Tensor, "N b D_in"]], list[Float[Tensor, "N b D_out"]], Float[Tensor, "N b"] | None]:
@@ -220,10 +200,8 @@ def rank_one_gradients(
         return a, delta, None
     square = sum((one.square().sum(-1) * other.square().sum(-1) for one, other in zip(a, delta)), torch.zeros_like(k[..., 0]))
     length = (square + torch.finfo(square.dtype).tiny).sqrt()
-    if rule.max_grad_norm is not None:
-        scale = (rule.max_grad_norm / length).clamp(max=1)
-        return a, [one * scale[..., None] for one in delta], length
-    return a, delta, length
+    scale = 1 if rule.max_grad_norm is None else (rule.max_grad_norm / length).clamp(max=1)[..., None]
+    return a, [one * scale for one in delta], length
 
 
 def write_chunk(W: Weights, S: Weights, a: list[Tensor], delta: list[Tensor], gates: Gates) -> tuple[Weights, Weights]:
@@ -298,24 +276,14 @@ def _read(
     return read_chunk(point, S, a, delta, gates, q, norm)
 
 
-def _delayed(gates: Gates) -> Gates:
-    """Return the gates one token earlier: the first token of a chunk reads the chunk's start."""
-    f = None if gates.f is None else F.pad(gates.f, (1, 0))[..., :-1]
-    return gates._replace(G=F.pad(gates.G, (0, 0, 1, 0))[..., :-1, :], beta=F.pad(gates.beta, (1, 0), value=1.0)[..., :-1], f=f)
-
-
 def _chunks(part: Float[Tensor, "N T *D"], b: int) -> Float[Tensor, "C N b *D"]:
     short = -part.shape[1] % b
     filled = F.pad(part, (0, 0) * (part.ndim - 2) + (0, short)) if short else part
     return filled.unflatten(1, (-1, b)).transpose(0, 1)
 
 
-def _each(part: Tensor | None):
-    return iter(lambda: None, 0) if part is None else part.unbind(0)
-
-
-def _gates_each(gates: Gates):
-    return (Gates(*parts) for parts in zip(*(_each(part) for part in gates)))
+def _each(parts: Iterable[Tensor | None]) -> Iterator[tuple[Any, ...]]:
+    return zip(*(repeat(None) if part is None else part.unbind(0) for part in parts))
 
 
 def _join(first: Tokens, second: Tokens) -> Tokens:

@@ -6,6 +6,8 @@ The layer norm's scale and shift are slow parameters, no part of the state.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 EPS = 1e-5  # of the layer norm
 Weights = tuple[Tensor, ...]
 Norm = tuple[Tensor, Tensor]
+Bias = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # prediction, value, extra -> gradient of the inner loss by the prediction
 
 
 def network(W: Weights, x: Float[Tensor, "*N b D"], norm: Norm | None) -> Float[Tensor, "*N b D"]:
@@ -44,3 +47,13 @@ def layer_norm_backward(g: Float[Tensor, "*N D"], zhat: Float[Tensor, "*N D"], s
 def gelu_slope(z: Tensor) -> Tensor:
     """Return the derivative of gelu: Phi(z) + z phi(z)."""
     return 0.5 * (1 + torch.erf(z * 0.5**0.5)) + z * torch.exp(-0.5 * z.square()) * (2 * torch.pi) ** -0.5
+
+
+def gelu_with_slopes(z: Tensor, second: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return gelu(z), its derivative Phi(z) + z phi(z), and if asked its second derivative phi(z) (2 - z^2)."""
+    square = z.square()
+    density = torch.exp(square * -0.5).mul_((2 * torch.pi) ** -0.5)
+    mass = torch.erf(z * 0.5**0.5).add_(1).mul_(0.5)
+    value = z * mass
+    slope = mass.addcmul_(z, density)
+    return value, slope, density.mul_(square.neg_().add_(2)) if second else None

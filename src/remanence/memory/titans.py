@@ -61,6 +61,7 @@ class NeuralMemory(nn.Module):
         max_step: bound of theta.
         max_grad_norm: bound of one token's gradient; None: none.
         conv: width of the causal convolution over queries, keys and values.
+        recompute: chunks computed again at a time in the backward pass, for less memory; 0: none. Not with max_grad_norm.
 
     Raises:
         Mistake: a value out of range, or heads that do not divide d.
@@ -83,12 +84,13 @@ class NeuralMemory(nn.Module):
         max_step: float = 1.0,
         max_grad_norm: float | None = None,
         conv: int = 4,
+        recompute: int = 0,
     ) -> None:
         super().__init__()
-        self.settings: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        self.settings: dict[str, Any] = {name: value for name, value in locals().items() if name not in ("self", "__class__", "recompute")}
         _check(self.settings)
         self.dim, self.heads, self.head_gates, self.max_step = dim, heads, gates, max_step
-        self.rule = Rule(chunk, read, max_grad_norm)
+        self.rule = Rule(chunk, read, max_grad_norm, recompute=recompute)
         self.gate_names = ["write"] + ["momentum"] * momentum + ["forget"] * decay
         D, E = dim // heads, expansion * dim // heads
         widths = [D] + [E] * (depth - 1) + [D]
