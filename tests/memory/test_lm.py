@@ -164,6 +164,12 @@ def test_state_has_a_constant_size_and_round_trips_bit_for_bit(variant: str, tmp
     assert torch.equal(*logits)
 
 
+def test_embeddings_may_be_drawn_wider_than_other_weights() -> None:
+    model = made("mag", initializer_range=0.1, embedding_range=1.0, vocab_size=400)
+    assert float(model.model.embed_tokens.weight.detach().std()) == pytest.approx(1, abs=0.05)
+    assert float(model.lm_head.weight.detach().std()) == pytest.approx(0.1, abs=0.005)
+
+
 def test_memory_sits_only_where_it_is_asked_for() -> None:
     model = made("mag", num_hidden_layers=3, layers_with_memory=[1])
     assert [hasattr(layer, "memory") for layer in model.model.layers] == [False, True, False]

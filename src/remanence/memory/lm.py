@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from remanence.errors import Mistake
@@ -89,6 +89,11 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         self.model = MemoryModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[no-untyped-call]
+        if isinstance(module, nn.Embedding) and self.config.embedding_range is not None:
+            initialization.normal_(module.weight, mean=0.0, std=self.config.embedding_range)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

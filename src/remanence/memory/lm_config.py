@@ -24,6 +24,7 @@ class MemoryConfig(PreTrainedConfig):
         segment: tokens of a segment of MAC, a multiple of the memory's chunk.
         n_persistent: learned vectors before every sequence.
         rope_theta: base of the rotary positions.
+        embedding_range: standard deviation of fresh embeddings; `None`: `initializer_range`, as of all other weights.
     """
 
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
@@ -38,6 +39,7 @@ class MemoryConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     initializer_range: float = 0.02
+    embedding_range: float | None = None
     tie_word_embeddings: bool = False
     use_cache: bool = True
     pad_token_id: int | None = None
