@@ -248,8 +248,10 @@ class MemoryCache(nn.Module):
         if self.gates is not None:
             opened = self.gates(x).unflatten(-1, (self.heads, -1)).transpose(1, 2).sigmoid()
             gates = dict(zip(self.base.biases, opened.unbind(-1), strict=True))
-        features = (q, k, split_heads(self.v(x)), u, k if self.pool_of == "k" else split_heads(x))
-        return Inputs(*map(exact, features), {name: exact(gate) for name, gate in gates.items()})
+        pooled = exact(k if self.pool_of == "k" else split_heads(x))
+        return Inputs(
+            exact(q), exact(k), exact(split_heads(self.v(x))), exact(u), pooled, {name: exact(gate) for name, gate in gates.items()}
+        )
 
     def _leave(self, read: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T d"]:
         return self.out(self.norm(read.to(self.norm.weight.dtype)).transpose(1, 2).flatten(2))
