@@ -522,6 +522,16 @@ ENTRIES: tuple[Entry, ...] = (
         "1710.07829",
         "sparsey",
     ),
+    Entry(
+        "titans",
+        "remember",
+        "memory.titans:NeuralMemory",
+        "test-time memory",
+        "A small network whose weights are rewritten by surprise, momentum and forgetting while the model reads.",
+        "Titans: Learning to Memorize at Test Time, Behrouz, Zhong and Mirrokni 2024",
+        "2501.00663",
+        "titans",
+    ),
 )
 
 PROTOCOLS: dict[str, type] = {"learn": Learner, "forget": Forgetter, "measure": Probe}

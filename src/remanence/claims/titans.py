@@ -1,10 +1,11 @@
 """Titans: a memory reaches where attention cannot. Key-value recall beyond every window, with and without a memory that learns while it reads.
 
-Four pairs (16 keys, 16 values) lie in filler in the first half of 64 tokens and are asked for in the second, at least 16 tokens later. Two blocks of width 32
-with a window of 8 see 14 tokens back; in the other arms the second block is MAG (memory of two layers, one head, chunks of 16, hidden width 2 D). 600 steps on
-fresh rows, batch 32, AdamW 5e-3 with a warm-up over 30 % and a cosine. Accuracy over 256 fresh rows at 64, 128 and 256 tokens, and with 8 pairs; chance is
-0.0625. The ablations are reported, not claimed. `speedup`: wall time of reading 2,048 tokens (two memories of width 32, chunk 32) one token at a time over that of
-the chunk form, with the largest difference of their outputs.
+Four pairs (16 keys, 16 values) lie in filler (one blank token) in the first half of 64 tokens and are asked for in the second, at least
+16 tokens later. Two blocks of width 32 with a window of 8 see 14 tokens back; in the other arms the second block is MAG (memory W_2
+gelu(W_1 x) of one head, chunks of 16, hidden width 2 D, steps up to 0.2, a token's gradient up to 1). 600 steps on fresh rows, batch 32,
+AdamW 5e-3 with a warm-up over 30 % and a cosine. Accuracy over 256 fresh rows at 64, 128 and 256 tokens, and with 8 pairs; chance is
+0.0625. The ablations are reported, not claimed. `speedup`: wall time of reading 2,048 tokens (two memories of width 32, chunk 32) one
+token at a time over that of the chunk form, with the largest difference of their outputs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 
 from remanence.claims.claim import Claim, Results, Verdict
 
-STEPS, RATE, ROWS, CHUNK = 600, 5e-3, 256, 16
+STEPS, RATE, ROWS, FILLER = 600, 5e-3, 256, 1
+MEMORY = {"chunk": 16, "expansion": 2, "residual_norm": False, "max_step": 0.2, "max_grad_norm": 1.0}
 TESTS = {"64": {}, "128": {"tokens": 128}, "256": {"tokens": 256}, "8 pairs": {"pairs": 8}}
 LENGTHS = ("64", "128", "256")
 ABLATIONS: dict[str, dict[str, Any]] = {
@@ -35,13 +37,19 @@ def run(arm: str, seed: int) -> dict[str, float]:
     from remanence.seeds import derive
     from remanence.training.trainer import Settings, Trainer
 
-    task = Recall(seed=derive(seed, "train"))
-    settings = {"vocab_size": task.vocabulary, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    settings |= {"window": 8, "n_persistent": 0}
+    task = Recall(filler=FILLER, seed=derive(seed, "train"))
+    settings: dict[str, Any] = {
+        "vocab_size": task.vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    settings |= {"window": 8, "n_persistent": 0, "initializer_range": 0.1, "embedding_range": 1.0}
     if arm == "window":
         config = TitansConfig(**settings, variant="swa")
     else:
-        memory = {"chunk": CHUNK, "expansion": 2, **ABLATIONS[arm]}
+        memory = {**MEMORY, **ABLATIONS[arm]}
         config = TitansConfig(**settings, variant="mag", layers_with_memory=[1], memory=memory)
     with fresh_weights(derive(seed, "weights")):
         model = TitansForCausalLM(config)
@@ -51,7 +59,7 @@ def run(arm: str, seed: int) -> dict[str, float]:
     found: dict[str, float] = {}
     with torch.no_grad():
         for name, changes in TESTS.items():
-            rows = Recall(**{"size": ROWS, "seed": derive(seed, "test", name), **changes})[0]
+            rows = Recall(**{"filler": FILLER, "size": ROWS, "seed": derive(seed, "test", name), **changes})[0]
             found[name] = recall_accuracy(model(rows["input_ids"]).logits, rows["labels"])
     return found | (speed(seed) if arm == "memory" else {})
 
@@ -70,13 +78,12 @@ def speed(seed: int) -> dict[str, float]:
         return torch.randn(*shape, generator=random)
 
     q, k, v = (torch.nn.functional.normalize(normal(rows, tokens, width), dim=-1) for _ in range(3))
-    gates = [torch.rand(rows, tokens, generator=random) * bound for bound in (0.1, 0.9, 0.05)]
-    read = dual.Tokens(k, v, *gates, torch.ones(rows, tokens, dtype=torch.bool))
+    theta, eta, alpha = (torch.rand(rows, tokens, generator=random) * bound for bound in (0.1, 0.9, 0.05))
+    read = dual.Tokens(k, v, theta, eta, alpha, torch.ones(rows, tokens, dtype=torch.bool))
     weights = tuple(normal(rows, *shape) / shape[0] ** 0.5 for shape in ((width, 2 * width), (2 * width, width)))
     rule, carry = dual.Rule(32), dual.start(weights, read, True)
-    short = dual.Tokens(*(None if part is None else part[:, :64] for part in read))
     with torch.no_grad():
-        dual.read_write(rule, carry, q[:, :64], short, None)  # warm
+        dual.read_write(rule, carry, q, read, None)  # warm
         begun = time.perf_counter()
         fast = dual.read_write(rule, carry, q, read, None).y
         middle = time.perf_counter()
@@ -117,7 +124,11 @@ CLAIM = Claim(
         "RULER S-NIAH at 16K, passkey: MAC 98.4, LMM 96.2, TTT 88.4, DeltaNet 71.4, Mamba2 5.4.",
         "Ablation, long context: whole 92.68, no momentum 87.12, no decay 85.60, linear memory 85.34.",
     ),
+    notes=(
+        "Settings were chosen on seed 10, which is not among those judged: with the memory in its residual form, M(x) = x + LN(.), steps up to 1 and no bound "
+        "on gradients, the same model stood at 0.52 after 450 steps (and at 0.22 where filler was 16 different tokens).",
+    ),
     show=(*TESTS, "speedup", "difference"),
-    minutes=6,
+    minutes=8,
     long=True,
 )

@@ -119,8 +119,12 @@ def window_attention(
     spare = count * size - tokens
     span = window + size
 
-    def blocks(x: Tensor) -> Tensor:  # (B, K, S, D) -> (B * count, K, span, D)
-        return F.pad(x, (0, 0, 0, spare)).unfold(2, span, size).permute(0, 2, 1, 4, 3).flatten(0, 1)
+    def blocks(x: Tensor) -> Tensor:  # (B, K, S, D) -> (B * count, K, span, D): each block behind the one before it
+        x = F.pad(x, (0, 0, 0, spare))
+        if count == 1:
+            return x
+        parts = x.unflatten(2, (count + 1, window))
+        return torch.cat([parts[:, :, :-1], parts[:, :, 1:]], 3).transpose(1, 2).flatten(0, 1)
 
     def spread(x: Tensor) -> Tensor:  # the prefix, for every block
         return x.repeat_interleave(count, 0)
@@ -130,7 +134,7 @@ def window_attention(
     place = torch.arange(span, device=q.device)
     own = place[window:, None]
     near = (place > own - window) & (place <= own)  # (size, span)
-    seen = (near & F.pad(real, (0, spare)).unfold(1, span, size).flatten(0, 1)[:, None]) | (place == own)  # a masked token sees itself
+    seen = (near & blocks(real[:, None, :, None])[:, :, :, 0]) | (place == own)  # a masked token sees itself
     seen = F.pad(seen, (0, prefix_k.shape[2]), value=True)[:, None]
     parts = beside_prefix(q, k, rotated(q, place[window:], theta), rotated(k, place, theta), v, spread(prefix_k), spread(prefix_v))
     return attend(*parts, seen).unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
