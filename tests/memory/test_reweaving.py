@@ -189,7 +189,7 @@ def test_only_the_listed_parameters_are_trained_and_the_base_keeps_its_bits() ->
     woven = reweave(model, W, 8, chunk=C, reconstruct="lowrank", train=True)
     trained = {name: weight.clone() for name, weight in woven.reconstructor.named_parameters()}
     train_reweaver(
-        woven, ["the code is 1234. " * 10, "she sells sea shells by the sea shore. " * 6], 4, processor=toy_tokenizer(), progress=False
+        woven, ["the code is 1234. " * 5, "she sells sea shells by the sea shore. " * 2], 3, processor=toy_tokenizer(), progress=False
     )
     assert set(trained) == {"gamma", "tau", "gain", "up", "down"}
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
@@ -214,12 +214,12 @@ def test_a_trained_reconstructor_is_saved_and_taken_over(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_training_lowers_the_loss_and_the_codes_error(precision: str) -> None:
-    model, ids = toy_lm("llama"), tokens(rows=4, length=60)
+    model, ids = toy_lm("llama"), tokens(rows=2, length=32)
     from remanence.training.batches import Batches
     from remanence.training.trainer import Settings
 
     woven = reweave(model, W, 8, chunk=C, reconstruct="autoenc", train=True)
-    batches = Batches({"input_ids": ids, "labels": ids}, 4)
+    batches = Batches({"input_ids": ids, "labels": ids}, 2)
 
     def measured() -> tuple[float, float]:
         with torch.no_grad():
@@ -227,7 +227,7 @@ def test_training_lowers_the_loss_and_the_codes_error(precision: str) -> None:
         return float(found.loss), float(woven.code_error)
 
     first = measured()
-    train_reweaver(woven, batches, 12, settings=Settings(steps=12, batch_size=4, lr=1e-2, precision=precision), progress=False)
+    train_reweaver(woven, batches, 12, settings=Settings(steps=12, batch_size=2, lr=1e-2, precision=precision), progress=False)
     second = measured()
     assert second[0] < first[0]
     assert second[1] < first[1] < 1.0
