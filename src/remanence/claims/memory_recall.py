@@ -36,7 +36,13 @@ def build(arm: str, vocabulary: int, width: int) -> Any:
     """Return the model of an arm with feed-forward layers of a width."""
     from remanence.memory import lm
 
-    shape: dict[str, Any] = {"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": width, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape: dict[str, Any] = {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     shape |= {"n_persistent": 0, "window": LENGTHS[-1] if arm == FULL else 8, "segment": 32}
     if arm in ("window", FULL):
         return lm.TitansForCausalLM(lm.TitansConfig(**shape, variant="swa"))
