@@ -130,6 +130,8 @@ def picture(seen: Watched, kind: str) -> bytes:
             axes.fill_between(range(count), values, step="mid", color=shade, alpha=0.25, linewidth=0)
             axes.step(range(count), values, where="mid", color=shade, linewidth=1.2)
             axes.set(xlim=(-0.5, count - 0.5), ylim=(0, max(float(np.nanmax(values)) * 1.08, 1e-9)))
+            if name == "surprise" and np.nanmin(values) > 0 and np.nanmax(values) > 20 * np.nanmedian(values):
+                axes.set(yscale="log", ylim=(float(np.nanmin(values)) / 1.2, float(np.nanmax(values)) * 1.2))
             axes.set_title(f"block {block}, {WORDS.get(name, name)}", fontsize=10, color=SOFT, loc="left")
             axes.tick_params(length=0, colors=SOFT, labelsize=9)
             axes.spines[["top", "right"]].set_visible(False)
@@ -147,13 +149,14 @@ def page(seen: Watched) -> str:
     parts = []
     for block, found in seen.blocks.items():
         shade = found.get("surprise", next(iter(found.values())))
-        top = float(np.nanquantile(shade, 0.99)) or 1.0  # one outlier must not leave the rest white
+        depth = (shade[None] < shade[:, None]).mean(
+            1
+        )  # share of tokens that surprised it less: a memory's first writes dwarf all later ones
         words = []
         for place, token in enumerate(seen.tokens):
             tip = html.escape(", ".join(f"{name} {values[place]:.3g}" for name, values in found.items()), quote=True)
-            depth = min(max(float(shade[place]) / top, 0.0), 1.0)
             shown = html.escape(token).replace("\n", "↵<br>")
-            words.append(f'<span title="{tip}" style="background:rgba(213,94,0,{0.75 * depth:.3f})">{shown}</span>')
+            words.append(f'<span title="{tip}" style="background:rgba(213,94,0,{0.75 * depth[place] ** 2:.3f})">{shown}</span>')
         parts.append(f"<h2>Block {block}</h2>\n<p class=text>{''.join(words)}</p>")
     curves = picture(seen, "svg").decode().partition("<svg")
     style = (
@@ -162,8 +165,8 @@ def page(seen: Watched) -> str:
     )
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(seen.title)}</title>'
-        f"<style>{style}</style>\n<h1>{html.escape(seen.title)}</h1>\n<p>The deeper the colour, the more a token surprised the memory; hold the pointer "
-        f"over one for its numbers.</p>\n{''.join(parts)}\n<h2>Over the text</h2>\n<svg{curves[2]}\n</html>\n"
+        f"<style>{style}</style>\n<h1>{html.escape(seen.title)}</h1>\n<p>The deeper the colour, the more a token surprised the memory, compared with the others; "
+        f"hold the pointer over one for its numbers.</p>\n{''.join(parts)}\n<h2>Over the text</h2>\n<svg{curves[2]}\n</html>\n"
     )
 
 
