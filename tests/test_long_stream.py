@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.long_stream import read
 from remanence.memory.lm import TitansConfig, TitansForCausalLM
 from remanence.models.forward import fresh_weights
 from remanence.models.load import save_model
 from toy import toy_tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.long_stream import read
 
 TEXT = "the quick brown fox jumps over the lazy dog\n"
 
