@@ -97,14 +97,24 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-def dataclass_table(made: type, skip: Iterable[str] = ()) -> str:
-    """Return one row per field that the caller sets."""
+def settings_of(made: Any) -> tuple[Any, list[tuple[str, Any, str]]]:
+    """Return what explains the keys of a class or function, and each key with its type and default: fields, a configuration's fields, or parameters."""
+    made = getattr(made, "config_class", None) or made
+    if dataclasses.is_dataclass(made):
+        own = set(vars(made).get("__annotations__", {}))
+        inherited = made.__module__.startswith("remanence.") and any(base.__module__.startswith("transformers") for base in made.__mro__)
+        fields = [f for f in dataclasses.fields(made) if f.init and not f.name.startswith("_") and (f.name in own or not inherited)]
+        return made, [(f.name, f.type, default_of(f)) for f in fields]
+    parameters = [p for p in inspect.signature(made).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return made, [(p.name, p.annotation, "needed" if p.default is p.empty else code(shown(p.default))) for p in parameters]
+
+
+def dataclass_table(made: Any, skip: Iterable[str] = ()) -> str:
+    """Return one row per key that the caller sets."""
+    made, keys = settings_of(made)
     docs = argument_docs(made)
-    fields = [field for field in dataclasses.fields(made) if field.init and not field.name.startswith("_") and field.name not in skip]
-    if not fields:
-        return "No keys."
-    rows = ([code(f.name), code(type_words(f.type)), default_of(f), docs.get(f.name, "")] for f in fields)
-    return table(("key", "type", "default", "what it is"), rows)
+    rows = [[code(name), code(type_words(hint)), default, docs.get(name, "")] for name, hint, default in keys if name not in skip]
+    return table(("key", "type", "default", "what it is"), rows) if rows else "No keys."
 
 
 def model_table(made: Any, docs: Mapping[str, str] | None = None) -> str:
@@ -406,6 +416,7 @@ MADE: dict[str, Callable[[], str]] = {
     "learners": lambda: methods("learn"),
     "forgetters": lambda: methods("forget"),
     "probes": lambda: methods("measure"),
+    "memories": lambda: methods("remember"),
     "known-forgetters": known_forgetters,
     "standard-probes": standard_probes,
     "cli": cli,

@@ -505,7 +505,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry(
         "reweaving",
         "remember",
-        "memory.rewoven:Rewoven",
+        "memory.reweaving:reweave",
         "memory in the network",
         "Any decoder with a short window attends to hidden states of salient tokens that left it, put through its own layers.",
         "Dillon et al. 2025",

@@ -128,13 +128,11 @@ def test_every_mark_is_made(make: Any) -> None:
 
 
 def test_every_key_of_every_method_and_of_training_is_explained(make: Any) -> None:
-    from dataclasses import fields
-
     from remanence.training.trainer import Settings
 
     for made in [Settings, *(entry.load() for entry in ENTRIES)]:
-        docs = make.argument_docs(made)
-        silent = [field.name for field in fields(made) if field.init and not field.name.startswith("_") and field.name not in docs]
+        made, keys = make.settings_of(made)
+        silent = [name for name, _, _ in keys if name not in make.argument_docs(made)]
         assert not silent, f"the docstring of {made.__name__} says nothing about {silent}"
 
 

@@ -1,6 +1,6 @@
 """How far back can each memory recall? Hidden pairs against length: every memory of the product beside window attention and full attention.
 
-Rows hide key-value pairs (16 keys, 16 values) in filler in their first half and ask for them in the second, at least 16 tokens later. Two blocks of width 32; the
+Rows hide key-value pairs (16 keys, 16 values) in filler (one blank token) in their first half and ask for them in the second, at least 16 tokens later. Two blocks of width 32; the
 first attends to a window of 8. The second attends to the window too, and has a memory beside it (MAG) or in another way (Titans as lmm, mac and mal); in
 `full attention` both blocks see all. Every arm is given the same number of parameters, by the width of its feed-forward layers. Trained on rows of 64 tokens
 with 4 pairs, 600 steps, batch 32, AdamW 5e-3 with a warm-up over 30 % and a cosine; nothing is tuned per arm. Tested on 128 fresh rows per length: `4 at T` is the
@@ -14,7 +14,7 @@ from typing import Any
 
 from remanence.claims.claim import Claim, Results, Verdict
 
-STEPS, RATE, ROWS = 600, 5e-3, 128
+STEPS, RATE, ROWS, FILLER = 600, 5e-3, 128, 1
 LENGTHS = (64, 128, 256, 512, 1024)
 DEEP = {"chunk": 16, "expansion": 2}
 MEMORIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # arm -> model, variant, settings of the memory
@@ -24,7 +24,7 @@ MEMORIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # arm -> model, varian
     "titans mal": ("Titans", "mal", DEEP),
     "moneta": ("Miras", "mag", {"preset": "moneta", "mode": "boundary", "chunk": 16}),
     "yaad": ("Miras", "mag", {"preset": "yaad", "chunk": 16}),
-    "memora": ("Miras", "mag", {"preset": "memora", "chunk": 16}),
+    "memora": ("Miras", "mag", {"preset": "memora", "mode": "boundary", "chunk": 16}),
     "linear": ("MemoryCaching", "mag", {"base": "linear", "segment": 1 << 20}),
     "linear, cached": ("MemoryCaching", "mag", {"base": "linear", "segment": 32, "rule": "grm"}),
 }
@@ -69,7 +69,7 @@ def run(arm: str, seed: int) -> dict[str, float]:
     from remanence.seeds import derive
     from remanence.training.trainer import Settings, Trainer
 
-    task = Recall(seed=derive(seed, "train"))
+    task = Recall(filler=FILLER, seed=derive(seed, "train"))
     with fresh_weights(derive(seed, "weights")):
         budget = max(parameter_count(build(name, task.vocabulary, 64)) for name in MEMORIES)
         model = equal(arm, task.vocabulary, budget)
@@ -80,7 +80,7 @@ def run(arm: str, seed: int) -> dict[str, float]:
     with torch.no_grad():
         for name, pairs in (("4", 4), ("needle", 1)):
             for length in LENGTHS:
-                rows = Recall(tokens=length, pairs=pairs, size=ROWS, seed=derive(seed, "test", name, length))[0]
+                rows = Recall(filler=FILLER, tokens=length, pairs=pairs, size=ROWS, seed=derive(seed, "test", name, length))[0]
                 found[f"{name} at {length}"] = recall_accuracy(model(rows["input_ids"]).logits, rows["labels"])
     return found
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 EPS = 1e-5  # of the layer norm
+NORM_SCALE = 0.1  # its scale at first. At 1, LN(.) is as long as sqrt(D) while v is short: the first writes blow the weights up, and little is learned afterwards
 Weights = tuple[Tensor, ...]
 Norm = tuple[Tensor, Tensor]
 Bias = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # prediction, value, extra -> gradient of the inner loss by the prediction

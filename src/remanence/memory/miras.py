@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from remanence.errors import Mistake, nearest
 from remanence.memory.bias import bias as bias_of
-from remanence.memory.inner import Norm
+from remanence.memory.inner import NORM_SCALE, Norm
 from remanence.memory.miras_rule import Carry, Choices, Written, read_write, recall
 from remanence.memory.retention import retention as retention_of
 from remanence.memory.state import MemoryState, check_input
@@ -146,7 +146,7 @@ class MirasMemory(nn.Module):
         spread = (lambda size: 1.0) if rule.mass else (lambda size: size**-0.5)  # logits that differ, or weights that keep lengths
         self.begin = nn.ParameterList(torch.randn(heads, *shape) * spread(shape[0]) for shape in shapes)
         inside = memory == "mlp2"
-        self.norm_scale = nn.Parameter(torch.ones(heads, D)) if inside else None
+        self.norm_scale = nn.Parameter(torch.full((heads, D), NORM_SCALE)) if inside else None
         self.norm_shift = nn.Parameter(torch.zeros(heads, D)) if inside else None
         self.norm = nn.RMSNorm(D, eps=1e-6)
         self.gate, self.out = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
@@ -239,17 +239,35 @@ class MirasMemory(nn.Module):
 
 
 def moneta(dim: int, heads: int = 1, **settings: Any) -> MirasMemory:
-    """Make Moneta: cubic loss, l4 norm, normalised at chunk ends."""
+    """Make Moneta: cubic loss, l4 norm, normalised at chunk ends.
+
+    Args:
+        dim: d, width of the input and output.
+        heads: H; each has a memory of width d / H.
+        settings: others of `MirasMemory`.
+    """
     return MirasMemory(dim, heads, **PRESETS["moneta"] | settings)
 
 
 def yaad(dim: int, heads: int = 1, **settings: Any) -> MirasMemory:
-    """Make Yaad: a Huber loss whose threshold depends on the token, and two l2 terms of retention."""
+    """Make Yaad: a Huber loss whose threshold depends on the token, and two l2 terms of retention.
+
+    Args:
+        dim: d, width of the input and output.
+        heads: H; each has a memory of width d / H.
+        settings: others of `MirasMemory`.
+    """
     return MirasMemory(dim, heads, **PRESETS["yaad"] | settings)
 
 
 def memora(dim: int, heads: int = 1, **settings: Any) -> MirasMemory:
-    """Make Memora: squared loss on weights that stay distributions."""
+    """Make Memora: squared loss on weights that stay distributions.
+
+    Args:
+        dim: d, width of the input and output.
+        heads: H; each has a memory of width d / H.
+        settings: others of `MirasMemory`.
+    """
     return MirasMemory(dim, heads, **PRESETS["memora"] | settings)
 
 

@@ -41,13 +41,10 @@ from torch.nn import functional as F
 from remanence.errors import Mistake
 from remanence.memory import dual
 from remanence.memory.dual import Carry, Rule, Tokens
-from remanence.memory.inner import Norm, Weights
+from remanence.memory.inner import NORM_SCALE, Norm, Weights
 from remanence.memory.state import MemoryState, check_input
 
 GATE_BIASES = {"write": 0.0, "momentum": 0.0, "forget": -4.0}
-NORM_SCALE = (
-    0.1  # at 1, LN(.) is as long as sqrt(D) while v is short: the first writes then blow the weights up, and little is learned afterwards
-)
 
 
 class NeuralMemory(nn.Module):

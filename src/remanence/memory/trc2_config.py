@@ -10,7 +10,46 @@ from remanence.errors import Mistake
 
 
 class TRC2Config(PreTrainedConfig):
-    """The settings of a `TRC2ForCausalLM`; see `trc2` for the names."""
+    """The settings of a `TRC2ForCausalLM`; see `trc2` for the names.
+
+    Args:
+        vocab_size: V, tokens of the vocabulary.
+        hidden_size: d, width of the stream.
+        num_hidden_layers: L, columns.
+        num_attention_heads: query heads of a column.
+        num_key_value_heads: key and value heads, which queries share.
+        intermediate_size: width of one expert.
+        num_experts: E, experts of a column beside the shared one.
+        experts_per_token: experts that a token goes to.
+        max_position_embeddings: the longest text.
+        rope_theta: base of the rotary positions.
+        rms_norm_eps: of all norms.
+        dropout: of embeddings, attention and experts.
+        initializer_range: deviation of the first weights.
+        tie_word_embeddings: whether the head is the embedding.
+        use_cache: return a cache.
+        thalamus: whether columns modulate the next one's queries.
+        hippocampus: whether events are written and read.
+        inject_layer: l_inj, the column behind which memory is read, from 0; None: L // 2 - 1.
+        rank: r, width of the side channel; None: d / 8.
+        trn_groups: groups of channels that compete; None: r / 8.
+        focal_width: tokens of the focal path's convolution.
+        diffuse_decay: of the diffuse path's average over the past; None: all tokens alike.
+        slots: N, of the memory.
+        read_k: k, slots read per token.
+        sharpness: beta, multiplies the cosines of a read.
+        write_m: m, tokens of a row that are written behind a step.
+        merge_cosine: a new entry this near to a slot is merged into it.
+        merge_keep: share of the old value that a merge keeps.
+        age_decay: of a slot's strength per step.
+        discount: gamma of the critics.
+        slow_rate: how far the slow critic follows the fast one per step.
+        event_quantile: share of the surprises below which nothing is an event.
+        critic_weight: of the critics' loss.
+        balance_weight: of the experts' load balance.
+        online: write in evaluation too.
+        reset_token_id: ends a document: the diffuse path starts anew behind it.
+    """
 
     model_type = "trc2"
     keys_to_ignore_at_inference = ("cache",)
@@ -20,7 +59,7 @@ class TRC2Config(PreTrainedConfig):
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
     num_key_value_heads: int = 4
-    intermediate_size: int = 1024  # of one expert
+    intermediate_size: int = 1024
     num_experts: int = 8
     experts_per_token: int = 2
     max_position_embeddings: int = 1024
@@ -49,8 +88,8 @@ class TRC2Config(PreTrainedConfig):
     event_quantile: float = 0.8
     critic_weight: float = 0.1
     balance_weight: float = 0.01
-    online: bool = False  # write in evaluation too
-    reset_token_id: int | None = None  # ends a document: the diffuse path starts anew behind it
+    online: bool = False
+    reset_token_id: int | None = None
 
     @property
     def side_rank(self) -> int:
