@@ -319,6 +319,7 @@ def test_every_weight_has_a_role() -> None:
     [
         ({"variant": "magg"}, "did you mean 'mag'"),
         ({"variant": "mac", "segment": 6}, "not a multiple of the memory's chunk 4"),
+        ({"variant": "mac", "n_persistent": 0}, "asks a memory that has read the prefix"),
         ({"hidden_size": 18, "num_attention_heads": 4}, "not divisible into 4 heads"),
         ({"num_key_value_heads": 3, "num_attention_heads": 4}, "does not divide"),
         ({"layers_with_memory": [2]}, "there is no layer 2"),

@@ -43,7 +43,7 @@ def build(arm: str, vocabulary: int, width: int) -> Any:
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
     }
-    shape |= {"n_persistent": 0, "window": LENGTHS[-1] if arm == FULL else 8, "segment": 32}
+    shape |= {"n_persistent": 4, "window": LENGTHS[-1] if arm == FULL else 8, "segment": 32}
     if arm in ("window", FULL):
         return lm.TitansForCausalLM(lm.TitansConfig(**shape, variant="swa"))
     kind, variant, memory = MEMORIES[arm]

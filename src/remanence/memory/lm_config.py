@@ -77,6 +77,8 @@ class MemoryConfig(PreTrainedConfig):
         beyond = [layer for layer in self.layers_with_memory or () if not 0 <= layer < self.num_hidden_layers]
         if beyond:
             raise Mistake("layers_with_memory", f"there is no layer {beyond[0]}", f"the model has layers 0 to {self.num_hidden_layers - 1}")
+        if self.variant == "mac" and self.n_persistent == 0:
+            raise Mistake("n_persistent", "is 0, but the first segment of mac asks a memory that has read the prefix", "give at least 1")
         if self.variant == "mac":
             chunk = {**memory_settings(self.memory_kind), **(self.memory or {})}.get("chunk", 1)
             if chunk < 1 or self.segment % chunk:
