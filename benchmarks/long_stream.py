@@ -1,19 +1,19 @@
 """Read a text of any length with a model that has a memory, and print what it costs and whether it still predicts: `python -m benchmarks.long_stream MODEL TEXT`.
 
 The text is read again and again until so many tokens are read, in pieces of 1,024, with the state carried on. Printed per sixteenth: tokens read, tokens per second of
-processor time, size of the state, growth of the process's peak memory since the first sixteenth, and the mean loss of the tokens (nats), which rises where a memory fills up.
+processor time, size of the state, growth of a sixteenth's peak memory over that of the first, and the mean loss of the tokens (nats), which rises where a memory fills up.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import time
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import forget_peak, peak_bytes
 from remanence.memory.lm_state import LMCache
 from remanence.remembering import load_reader
 
@@ -24,6 +24,7 @@ def read(model: str, text: str, tokens: int, *, say: bool = True) -> list[dict[s
     """Read `tokens` tokens and return a row per sixteenth."""
     loaded = load_reader(model)
     ids = torch.tensor(loaded.processor(text, add_special_tokens=False)["input_ids"])
+    forget_peak()
     cache, rows, done, peak = LMCache(), list[dict[str, float]](), 0, 0
     with torch.no_grad():
         for part in range(PARTS):
@@ -35,8 +36,9 @@ def read(model: str, text: str, tokens: int, *, say: bool = True) -> list[dict[s
                 piece = ids[places][None]
                 losses.append(float(loaded.model(input_ids=piece, labels=piece, cache=cache).loss) * len(places))
                 done += len(places)
-            now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            now = peak_bytes()
             peak = peak or now
+            forget_peak()
             seconds = time.process_time() - begun
             state = cache.state.bytes if cache.state is not None else 0
             row = {

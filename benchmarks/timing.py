@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import time
@@ -99,6 +101,21 @@ def paired(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int) -> tup
         for turn in (0, 1) if number % 2 == 0 else (1, 0):
             seconds[turn].append(clocked((ours, peer)[turn]))
     return seconds
+
+
+def forget_peak() -> None:
+    """Let the process's peak memory begin anew; a new process would begin with its parent's (Linux only)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes() -> int:
+    """Return the process's peak memory since `forget_peak`."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    except (OSError, StopIteration):
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def machine() -> dict[str, Any]:

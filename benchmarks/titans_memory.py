@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import Figure, Seconds, clocked, conversation, figure, paired
+from benchmarks.timing import Figure, Seconds, clocked, conversation, figure, forget_peak, paired, peak_bytes
 from remanence.memory import dual
 from remanence.memory.titans import NeuralMemory
 
@@ -125,14 +124,15 @@ def work(order: dict[str, Any]) -> dict[str, Any]:
     dim, heads, tokens = order["D"] * order["heads"], order["heads"], order["tokens"]
     memory = NeuralMemory(dim, heads, chunk=order["chunk"], recompute=order.get("recompute", 0))
     train(memory, torch.randn(1, 2 * order["chunk"], dim))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget_peak()
+    before = peak_bytes()
     x = torch.randn(1, tokens, dim)
     if order["train"]:
         seconds = clocked(lambda: train(memory, x))
     else:
         with torch.no_grad():
             seconds = clocked(lambda: memory(x))
-    return {"seconds": seconds, "bytes": 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)}
+    return {"seconds": seconds, "bytes": peak_bytes() - before}
 
 
 def costs(orders: list[tuple[str, dict[str, Any]]]) -> list[Figure]:
