@@ -317,6 +317,8 @@ def remember(
     from remanence.remembering import load_reader, read_text
     from remanence.remembering import remember as read
 
+    if out.is_dir():
+        raise Mistake(out, "is a folder", "name a file for the state")
     words = read_text(text)
     begun = LMState.load(state) if state is not None else None
     held = read(load_reader(expand(model), seed=seed), words, begun, progress=not quiet)

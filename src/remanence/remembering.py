@@ -91,8 +91,8 @@ def ask(loaded: Loaded, prompt: str, state: Any = None, *, tokens: int = 64, tem
     """Return the continuation of a prompt, greedily or sampled; the state is left as it is."""
     if tokens < 1:
         raise Mistake("--tokens", f"must be 1 or more, got {tokens}", "correct the value")
-    if temperature < 0:
-        raise Mistake("--temperature", f"must be 0 or more, got {temperature}", "0 takes the most likely token")
+    if not 0 <= temperature < float("inf"):
+        raise Mistake("--temperature", f"must be 0 or more, and finite, got {temperature}", "0 takes the most likely token")
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # generate draws from the global generator, which is put back

@@ -113,6 +113,12 @@ def test_mistakes_are_one_sentence(place: Path, tmp_path: Path) -> None:
         command("remember", place / "model", tmp_path / "latin.txt", "--out", tmp_path / "s.safetensors")
     with pytest.raises(Mistake, match="must be 1 or more"):
         command("ask", place / "model", "x", "--tokens", 0)
+    with pytest.raises(Mistake, match="must be 0 or more, and finite"):
+        command("ask", place / "model", "x", "--temperature", "nan")
+    with pytest.raises(Mistake, match="is damaged.*remanence remember"):
+        command("ask", place / "model", "x", "--state", place / "book.txt")
+    with pytest.raises(Mistake, match="is a folder"):
+        command("remember", place / "model", place / "book.txt", "--out", tmp_path)
     loaded = remembering.load_reader(str(place / "model"))
     with pytest.raises(Mistake, match="at most 4 are watched"):
         remembering.watch(loaded, TEXT, limit=4)

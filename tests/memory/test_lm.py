@@ -318,6 +318,9 @@ def test_every_weight_has_a_role() -> None:
     ("changes", "words"),
     [
         ({"variant": "magg"}, "did you mean 'mag'"),
+        ({"variant": 5}, "wrong kind"),
+        ({"num_hidden_layers": "two"}, "wrong kind"),
+        ({"layers_with_memory": ["a"]}, "wrong kind"),
         ({"variant": "mac", "segment": 6}, "not a multiple of the memory's chunk 4"),
         ({"variant": "mac", "n_persistent": 0}, "asks a memory that has read the prefix"),
         ({"hidden_size": 18, "num_attention_heads": 4}, "not divisible into 4 heads"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -21,6 +22,7 @@ MEMORIES: dict[str, str] = {  # name -> module:class; each obeys `state.Memory` 
     "miras": "remanence.memory.miras:MirasMemory",
     "cache": "remanence.memory.caching:MemoryCache",
 }
+WORDS = {("cache", "segment")}  # settings that take a number or a word
 
 
 def register() -> None:
@@ -40,11 +42,25 @@ def build_memory(name: str, dim: int, **settings: Any) -> nn.Module:
     Raises:
         Mistake: an unknown memory, or a setting that it does not have.
     """
+    check_settings(name, settings)
+    return _class(name)(dim, **settings)
+
+
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that a memory does not have, and values of another kind than the default's.
+
+    Raises:
+        Mistake: naming the setting.
+    """
     known = memory_settings(name)
-    for key in settings:
+    for key, value in settings.items():
         if key not in known:
             raise Mistake(f"memory.{key}", f"the memory '{name}' has no such setting", nearest(key, known))
-    return _class(name)(dim, **settings)
+        numbers = isinstance(known[key], int | float) and not isinstance(known[key], bool)
+        if numbers and (isinstance(value, bool) or not isinstance(value, int | float | str | None)):
+            raise Mistake(f"memory.{key}", f"is no number, {value!r}", f"the default is {known[key]}")
+        if numbers and isinstance(value, str) and (name, key) not in WORDS:
+            raise Mistake(f"memory.{key}", f"is no number, {value!r}", f"the default is {known[key]}")
 
 
 def memory_settings(name: str) -> dict[str, Any]:

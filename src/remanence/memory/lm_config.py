@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from remanence.errors import Mistake, nearest
-from remanence.memory.architectures import memory_settings
+from remanence.memory.architectures import check_settings, memory_settings
 from remanence.memory.blocks import VARIANTS
 
 
@@ -53,7 +53,7 @@ class MemoryConfig(PreTrainedConfig):
     n_persistent: int = 4
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.memory = dict(self.memory or {})
+        self.memory = {} if self.memory is None else self.memory
         super().__post_init__(**kwargs)
 
     def check(self) -> None:
@@ -62,6 +62,24 @@ class MemoryConfig(PreTrainedConfig):
         Raises:
             Mistake: naming the setting.
         """
+        counts = (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "window",
+            "segment",
+            "n_persistent",
+        )
+        layers = self.layers_with_memory
+        kinds = {name: type(getattr(self, name)) is int for name in counts}
+        kinds |= {"variant": isinstance(self.variant, str), "memory": isinstance(self.memory, dict)}
+        kinds["layers_with_memory"] = layers is None or (isinstance(layers, list) and all(type(layer) is int for layer in layers))
+        wrong = next((name for name, fits in kinds.items() if not fits), None)
+        if wrong is not None:
+            raise Mistake(wrong, f"is of the wrong kind, {getattr(self, wrong)!r}", "correct the configuration")
+        check_settings(self.memory_kind, self.memory or {})
         if self.variant not in VARIANTS:
             raise Mistake("variant", f"unknown variant '{self.variant}'", nearest(self.variant, VARIANTS))
         for name in ("hidden_size", "num_hidden_layers", "window", "segment"):

@@ -15,8 +15,8 @@ from transformers.cache_utils import Cache
 
 from remanence.errors import Mistake
 from remanence.memory.blocks import BlockState
-from remanence.memory.state import MemoryState
-from remanence.storage import load_tree, save_tree
+from remanence.memory.state import MemoryState, state_tree
+from remanence.storage import save_tree
 
 BESIDE = ("vocab_size", "hidden_size", "num_hidden_layers", "variant", "window", "segment", "n_persistent", "layers_with_memory", "memory")
 
@@ -95,9 +95,7 @@ class LMState:
         Raises:
             Mistake: the file is missing, damaged, or no state of a model.
         """
-        tree = load_tree(path)
-        if not isinstance(tree, dict) or tree.keys() != {"kind", "config", "seen", "blocks"}:
-            raise Mistake(path, "is not the state of a language model with a memory", "name a file that LMState.save wrote")
+        tree = state_tree(path, {"kind", "config", "seen", "blocks"}, "name a file that `remanence remember` or LMState.save wrote")
         return cls(tree["kind"], tree["config"], tuple(BlockState.from_tree(block) for block in tree["blocks"]), tree["seen"])
 
 

@@ -111,10 +111,22 @@ class MemoryState:
         Raises:
             Mistake: the file is missing, damaged, or no state of a memory.
         """
+        return cls.from_tree(state_tree(path, {"kind", "seen", "config", "tensors"}, "name a file that MemoryState.save wrote"))
+
+
+def state_tree(path: str | Path, keys: set[str], remedy: str) -> dict[str, Any]:
+    """Read a saved state.
+
+    Raises:
+        Mistake: the file is missing, damaged, or not such a state.
+    """
+    try:
         tree = load_tree(path)
-        if not isinstance(tree, dict) or tree.keys() != {"kind", "seen", "config", "tensors"}:
-            raise Mistake(path, "is not the state of a memory", "name a file that MemoryState.save wrote")
-        return cls.from_tree(tree)
+    except Mistake as mistake:
+        raise Mistake(path, mistake.problem, remedy) from mistake
+    if not isinstance(tree, dict) or tree.keys() != keys:
+        raise Mistake(path, "is not the state of a memory", remedy)
+    return tree
 
 
 class Memory(Protocol):
