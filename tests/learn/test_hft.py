@@ -16,7 +16,8 @@ from transformers import Trainer as HFTrainer
 from transformers import TrainingArguments
 
 from remanence.errors import Mistake
-from remanence.learn.hft import HalfTuning, HalfTuningCallback, balanced, divided, drawn, half_reset, load_mask, place, save_mask, shares
+from remanence.learn.hft import HalfTuning, HalfTuningCallback, half_reset, load_mask, save_mask
+from remanence.learn.hft_units import balanced, divided, drawn, place, shares
 from remanence.learn.replay import Replay
 from remanence.learn.sequential import Sequential
 from remanence.models.adapters import add_lora
