@@ -275,7 +275,7 @@ def _slower(wait: float) -> JSONResponse:
 
 def loopback(host: str) -> bool:
     """Return whether a host, with or without a port, is this machine."""
-    name = host.rsplit(":", 1)[0] if not host.endswith("]") and host.count(":") == 1 or "]:" in host else host
+    name = host.rsplit(":", 1)[0] if (not host.endswith("]") and host.count(":") == 1) or "]:" in host else host
     return name.strip("[]").lower() in ("localhost", "::1") or (name.startswith("127.") and name.replace(".", "").isdecimal())
 
 

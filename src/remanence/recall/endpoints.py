@@ -48,7 +48,8 @@ def standing_space(recall: Memory, space: Annotated[str, Depends(named_space)]) 
     return space
 
 
-Named, Space = Annotated[str, Depends(named_space)], Annotated[str, Depends(standing_space)]
+Named = Annotated[str, Depends(named_space)]
+Space = Annotated[str, Depends(standing_space)]
 
 
 def message_of(recall: Recall, space: str, number: int) -> Message:

@@ -16,6 +16,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,6 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from remanence import __version__
 from remanence.errors import Mistake
 from remanence.recall import endpoints
 from remanence.recall.access import Guard, Keys, loopback, refusal
@@ -82,7 +82,7 @@ def make_app(
 
     app = FastAPI(
         title="Remanence recall",
-        version=__version__,
+        version=version("remanence"),
         description="A conversation memory that remembers verbatim, forgets for real, and can prove both.",
         lifespan=lifespan,
         docs_url=None,  # its page loads scripts from elsewhere
@@ -107,7 +107,7 @@ def make_app(
 
 def health() -> dict[str, str]:
     """Say that the server answers."""
-    return {"status": "ok", "version": __version__}
+    return {"status": "ok", "version": version("remanence")}
 
 
 def _file(name: str, kind: str) -> Callable[[], Response]:
