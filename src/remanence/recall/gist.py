@@ -91,7 +91,9 @@ class Compact:
             if len(texts) <= 2:
                 break
         first = frozen[0]
-        return Gist(first.conversation, "whole", 0, first.first, frozen[-1].last, self.shorten("", " ".join(texts)), first.rewrites + levels)
+        return Gist(
+            first.conversation, "whole", 0, first.first, frozen[-1].last, self.shorten("", " ".join(texts)), first.rewrites + levels
+        )
 
     def replay(self, gists: Sequence[Gist], conversation: str, messages: Iterable[Message]) -> list[Gist]:
         """Return the gists after more messages."""

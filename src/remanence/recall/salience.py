@@ -24,9 +24,7 @@ from jaxtyping import Float64, Int64
 from remanence.recall.settings import HemaSettings
 
 
-def salience(
-    born: Int64[np.ndarray, "N"], retrieved: Int64[np.ndarray, "N"], now: int, settings: HemaSettings
-) -> Float64[np.ndarray, "N"]:
+def salience(born: Int64[np.ndarray, "N"], retrieved: Int64[np.ndarray, "N"], now: int, settings: HemaSettings) -> Float64[np.ndarray, "N"]:
     """Return w_i of chunks born at turns `born`, last retrieved at turns `retrieved` (-1: never), at turn `now`."""
     delta = (retrieved >= 0) & (now - retrieved < settings.recent_window)
     bracket = delta if settings.salience == "bonus" else ~delta

@@ -172,7 +172,9 @@ class Recall:
             user=user_text,
             system=system,
             gist=self.compact.visible(self.store.gists(space, conversation)) if known and self.settings.compact else "",
-            facts=[fact.text for fact in self.store.facts(space, pinned=True) if fact.conversation in (None, conversation)] if known else [],
+            facts=[fact.text for fact in self.store.facts(space, pinned=True) if fact.conversation in (None, conversation)]
+            if known
+            else [],
             hits=hits,
             tail=tail,
         )

@@ -97,7 +97,9 @@ def reindex(recall: Recall, path: Path, embedder: Embedder | None) -> Recall:
     for place, group in groupby(lines, key=lambda line: _place(line)):
         if place is None:
             for line in group:
-                made.add_fact(line["fact"]["space"], line["fact"]["text"], conversation=line["fact"]["conversation"], pinned=line["fact"]["pinned"])
+                made.add_fact(
+                    line["fact"]["space"], line["fact"]["text"], conversation=line["fact"]["conversation"], pinned=line["fact"]["pinned"]
+                )
             continue
         messages = (_message(line["message"])[1] for line in group)
         while batch := list(islice(messages, PAGE)):
@@ -135,4 +137,6 @@ def _message(item: dict[str, Any]) -> tuple[str, NewMessage]:
     """Return conversation and message of a line; its key is made of its place and its words."""
     words = json.dumps([item["conversation"], item["turn"], item["role"], item["text"]])
     key = "import-" + hashlib.sha256(words.encode()).hexdigest()[:32]
-    return str(item["conversation"]), NewMessage(item["role"], item["text"], item.get("person"), item.get("at"), item.get("meta") or {}, item["turn"], key)
+    return str(item["conversation"]), NewMessage(
+        item["role"], item["text"], item.get("person"), item.get("at"), item.get("meta") or {}, item["turn"], key
+    )
