@@ -24,9 +24,10 @@ class Embedder(Protocol):
 
 
 class Summarizer(Protocol):
-    """Shorten `earlier` and what follows it to at most `tokens` tokens, one line."""
+    """Shorten `earlier` and what follows it to at most `tokens` tokens, one line. It reads up to `window` tokens; more is its own affair."""
 
     name: str
+    window: int
 
     def __call__(self, earlier: str, new: str, tokens: int) -> str:
         """Return S_t = Summarizer(S_{t-1}, u_t)."""
