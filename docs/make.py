@@ -281,6 +281,13 @@ def methods(verb: str) -> str:
     return "\n\n".join(sections)
 
 
+def recall_settings() -> str:
+    """Return what can be set in a conversation memory."""
+    from remanence.recall.settings import HemaSettings
+
+    return dataclass_table(HemaSettings)
+
+
 def standard_probes() -> str:
     """Return which probes a kind gets."""
     from remanence.catalogue import STANDARD_PROBES
@@ -417,6 +424,8 @@ MADE: dict[str, Callable[[], str]] = {
     "forgetters": lambda: methods("forget"),
     "probes": lambda: methods("measure"),
     "memories": lambda: methods("remember"),
+    "recall": lambda: methods("recall"),
+    "recall-settings": recall_settings,
     "known-forgetters": known_forgetters,
     "standard-probes": standard_probes,
     "cli": cli,

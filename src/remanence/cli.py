@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from remanence.cli_recall import recall_app
 from remanence.errors import Mistake
 
 app = typer.Typer(
@@ -26,6 +27,7 @@ receipt_app = typer.Typer(
     help="Receipts of served requests: show, verify, and the key that signs them.", no_args_is_help=True, rich_markup_mode="markdown"
 )
 app.add_typer(receipt_app, name="receipt")
+app.add_typer(recall_app, name="recall")
 
 _Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer may bring its own click
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, value in YAML; may be repeated.")]

@@ -45,8 +45,11 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("COLUMNS", "100")
-    known = set(sys.modules)
+    monkeypatch.setenv("REMANENCE_KEYS", str(tmp_path / ".keys"))
+    known, environment = set(sys.modules), dict(os.environ)
     yield tmp_path
+    os.environ.clear()
+    os.environ.update(environment)
     for name in set(sys.modules) - known:
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
             del sys.modules[name]
@@ -68,6 +71,9 @@ def run_console(text: str) -> list[str]:
             done = CliRunner().invoke(app, words[1:])
             assert done.exit_code == 0, f"{line}: {done.exception}\n{''.join(traceback.format_exception(done.exception))}{done.output}"
             printed.append(done.output)
+        elif words[0] == "export":
+            name, _, value = words[1].partition("=")
+            os.environ[name] = value
         else:
             assert words[0] == "python", f"a tested console block may not run {words[0]}"
             runpy.run_path(words[1], run_name="__main__")

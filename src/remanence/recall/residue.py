@@ -252,9 +252,7 @@ def scan(
     fine = occurring(says, (_bytes(_fold(text)) for text in kept())) if says else set()
     fine |= occurring(runs, (written for block in kept_vectors() for _, written in precisions(block))) if runs else set()
     real = [
-        Residue(path, offset, one.kind, one.form, one.source)
-        for needle, path, offset in found
-        if (one := needles[needle]).says not in fine
+        Residue(path, offset, one.kind, one.form, one.source) for needle, path, offset in found if (one := needles[needle]).says not in fine
     ]
     short = sum(len(_bytes(text)) < SHORTEST for text in texts)
     return Scan(count, size, len(needles), tuple(real), sum(one.says in fine for one in hit), short)

@@ -1,0 +1,467 @@
+"""`remanence recall ...`: the conversation memory on the command line; a thin shell over `recall.service.Recall`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from remanence.errors import Mistake
+
+if TYPE_CHECKING:
+    from remanence.recall.items import Selection
+    from remanence.recall.service import Recall
+
+recall_app = typer.Typer(
+    help="A conversation memory: it keeps every word, brings back what a prompt has room for, and forgets for real.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+
+def default_store() -> Path:
+    """Return `$REMANENCE_STORE`, by default `~/.local/share/remanence/recall`."""
+    base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return Path(os.environ.get("REMANENCE_STORE") or base / "remanence" / "recall")
+
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", help="Folder of the store, or postgresql://...; by default $REMANENCE_STORE, else one in your home."),
+]
+Space = Annotated[str, typer.Option(help="Whose memory: spaces never see each other.")]
+Conversation = Annotated[str, typer.Option(help="Name of the conversation.")]
+OneConversation = Annotated[str | None, typer.Option("--conversation", help="Only this conversation.")]
+Ids = Annotated[list[int], typer.Option("--id", help="Message by its number; may be repeated.")]
+Person = Annotated[str | None, typer.Option(help="Messages of this person.")]
+Role = Annotated[str | None, typer.Option(help="Messages of this role: system, user, assistant, tool.")]
+Since = Annotated[str | None, typer.Option(help="From this date or time on (ISO, as 2026-03-01 or 2026-03-01T12:00).")]
+Until = Annotated[str | None, typer.Option(help="Up to this date or time; a date means its whole day.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+EmbedderOption = Annotated[
+    str | None,
+    typer.Option(
+        help="What makes vectors of text, for a new store: sentence (offline), a sentence-transformers id or folder, openai:MODEL@URL."
+    ),
+]
+SummarizerOption = Annotated[str, typer.Option(help="What keeps the gist: extractive, hf:FOLDER, openai:MODEL@URL, or none.")]
+
+
+@recall_app.command()
+def add(
+    text: Annotated[str, typer.Argument(help="What was said, or - for the standard input.")],
+    role: Annotated[str, typer.Option(help="Who said it: system, user, assistant, tool.")] = "user",
+    person: Annotated[str | None, typer.Option(help="A name or id, so that everything of this person can be forgotten.")] = None,
+    space: Space = "default",
+    conversation: Conversation = "default",
+    at: Annotated[str | None, typer.Option(help="When (ISO); by default now.")] = None,
+    key: Annotated[str | None, typer.Option(help="A name of your own: a second message with it is not stored again.")] = None,
+    sealed: Annotated[bool, typer.Option("--sealed", help="If the space is new: encrypt it with a key of its own.")] = False,
+    store: StoreOption = None,
+    embedder: EmbedderOption = None,
+    summarizer: SummarizerOption = "extractive",
+) -> None:
+    """Store one message, verbatim.
+
+    Example: `remanence recall add "My sister Ada lives in Bergen." --person ada --conversation holidays`
+    """
+    words = sys.stdin.read() if text == "-" else text
+    with _open(store, embedder=embedder, summarizer=summarizer) as memory:
+        if sealed:
+            memory.store.make_space(space, encrypt=True)
+        stored = memory.add(words, role=role, person=person, space=space, conversation=conversation, at=_time(at), key=key)
+    print(f"message {stored.id}, turn {stored.turn} of {conversation}")
+
+
+@recall_app.command()
+def ask(
+    question: Annotated[str, typer.Argument(help="What to look for.")],
+    k: Annotated[int, typer.Option("-k", min=1, help="How many pieces at most.")] = 8,
+    prompt: Annotated[bool, typer.Option("--prompt", help="Print the whole prompt that a model would get instead.")] = False,
+    model: Annotated[str | None, typer.Option(help="Let a model answer from it: hf:FOLDER or openai:MODEL@URL.")] = None,
+    system: Annotated[str, typer.Option(help="The model's rules, put before everything else.")] = "",
+    budget: Annotated[int | None, typer.Option(min=1, help="Most tokens of the prompt; by default 3500.")] = None,
+    space: Space = "default",
+    conversation: OneConversation = None,
+    store: StoreOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Find what was said about something; nothing is written, no model is asked unless you name one.
+
+    Example: `remanence recall ask "Where does my sister live?"`
+    """
+    from dataclasses import asdict
+
+    from remanence.recall.items import Selection
+
+    with _open(store, write=False) as memory:
+        if prompt or model:
+            scope = "conversation" if conversation else "space"
+            made = memory.compose(
+                question, system=system, space=space, conversation=conversation or "default", budget=budget, scope=scope, used=False
+            )
+            if model:
+                from remanence.recall.answering import load_chat
+
+                print(load_chat(model)(made))
+            else:
+                print(json.dumps(asdict(made), indent=1, ensure_ascii=False) if as_json else made.text)
+            return
+        hits = memory.search(question, k, Selection(space=space, conversation=conversation))
+    if as_json:
+        print(json.dumps([asdict(hit) for hit in hits], indent=1, ensure_ascii=False))
+    elif not hits:
+        print("nothing found")
+    else:
+        _table(
+            ("message", "when", "who", "score", "what"),
+            [(str(h.chunk.message), _when(h.chunk.at), h.chunk.person or h.chunk.role, f"{h.score:.2f}", h.chunk.text) for h in hits],
+        )
+
+
+@recall_app.command()
+def show(
+    what: Annotated[str, typer.Argument(help="messages, conversations, spaces, gist, facts or log.")] = "messages",
+    space: Space = "default",
+    conversation: OneConversation = None,
+    ids: Ids = [],  # noqa: B006
+    person: Person = None,
+    role: Role = None,
+    since: Since = None,
+    until: Until = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most, the newest.")] = 50,
+    store: StoreOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what is held.
+
+    Example: `remanence recall show messages --conversation holidays --limit 10`
+    """
+    from dataclasses import asdict
+
+    from remanence.errors import nearest
+
+    shown = ("messages", "conversations", "spaces", "gist", "facts", "log")
+    if what not in shown:
+        raise Mistake("recall show", f"there is no '{what}' to show", nearest(what, shown))
+    with _open(store, write=False) as memory:
+        rows: list[dict[str, Any]]
+        if what == "messages":
+            chosen = _selection(space, conversation, ids, person, role, since, until)
+            rows = [asdict(message) for message in memory.messages(chosen, limit=limit, newest=True)]
+            columns = ("id", "conversation", "turn", "when", "who", "text")
+            lines = [(str(r["id"]), r["conversation"], str(r["turn"]), _when(r["at"]), r["person"] or r["role"], r["text"]) for r in rows]
+        elif what == "conversations":
+            rows = memory.conversations(space)
+            columns = ("conversation", "messages", "last turn", "from", "to")
+            lines = [(r["name"], str(r["messages"]), str(r["last_turn"]), _when(r["first"]), _when(r["last"])) for r in rows]
+        elif what == "spaces":
+            rows = [{"space": name} for name in memory.spaces()]
+            columns, lines = ("space",), [(r["space"],) for r in rows]
+        elif what == "gist":
+            rows = [asdict(gist) for gist in memory.store.gists(space, conversation or "default")]
+            columns = ("kind", "segment", "turns", "text")
+            lines = [(r["kind"], str(r["segment"]), f"{r['first']} to {r['last']}", r["text"]) for r in rows]
+        elif what == "facts":
+            rows = [asdict(fact) for fact in memory.facts(space)]
+            columns = ("id", "pinned", "from messages", "text")
+            lines = [(str(r["id"]), "yes" if r["pinned"] else "", ", ".join(map(str, r["sources"])), r["text"]) for r in rows]
+        else:
+            rows = memory.store.audit_log()[-limit:]
+            columns = ("id", "when", "action", "detail")
+            lines = [(str(r["id"]), _when(r["at"]), r["action"], json.dumps(r["detail"])) for r in rows]
+    if as_json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    elif not rows:
+        print(f"no {what}")
+    else:
+        _table(columns, lines)
+
+
+@recall_app.command()
+def edit(
+    message: Annotated[int, typer.Argument(help="Number of the message.")],
+    text: Annotated[str, typer.Argument(help="What it says from now on, or - for the standard input.")],
+    store: StoreOption = None,
+) -> None:
+    """Correct a message: the old words are erased everywhere, the gist is made anew.
+
+    Example: `remanence recall edit 12 "My sister Ada lives in Oslo."`
+    """
+    with _open(store) as memory:
+        changed = memory.edit(message, sys.stdin.read() if text == "-" else text)
+    print(f"message {changed.id}, turn {changed.turn} of {changed.conversation}")
+
+
+@recall_app.command()
+def pin(
+    text: Annotated[str, typer.Argument(help="A fact or a rule that enters every prompt of the space.")],
+    space: Space = "default",
+    conversation: OneConversation = None,
+    sources: Annotated[list[int], typer.Option("--source", help="Message it comes from: it goes when that goes; may be repeated.")] = [],  # noqa: B006
+    store: StoreOption = None,
+) -> None:
+    """Pin a fact.
+
+    Example: `remanence recall pin "The user is allergic to nuts." --source 12`
+    """
+    with _open(store) as memory:
+        fact = memory.add_fact(space, text, conversation=conversation, sources=sources, pinned=True)
+    print(f"fact {fact.id}")
+
+
+@recall_app.command()
+def forget(
+    ids: Ids = [],  # noqa: B006
+    conversation: OneConversation = None,
+    person: Person = None,
+    role: Role = None,
+    since: Since = None,
+    until: Until = None,
+    query: Annotated[str | None, typer.Option(help="Messages that a search finds for this; look at the preview first.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="With --query: how many pieces at most.")] = 20,
+    fact: Annotated[list[int], typer.Option("--fact", help="Fact by its number; may be repeated.")] = [],  # noqa: B006
+    space: Space = "default",
+    every_space: Annotated[bool, typer.Option("--every-space", help="In every space: what a deletion request of a person needs.")] = False,
+    whole_space: Annotated[bool, typer.Option("--whole-space", help="Everything in the space, its key included.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Erase; without it, only what would be erased is shown.")] = False,
+    reason: Annotated[str, typer.Option(help="A reference for the receipt (a ticket's number); no names.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", help="File of the receipt; by default receipt-N.json here.")] = None,
+    store: StoreOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Erase messages and everything that was made of them, scan every file for what could be left, and write a receipt.
+
+    Without `--yes` nothing is erased: what would be is listed.
+
+    Example: `remanence recall forget --person ada --every-space --yes --out receipt.json`
+    """
+    raise NotImplementedError
+
+
+@recall_app.command()
+def verify(
+    receipt: Annotated[Path, typer.Argument(help="Receipt of an erasure.")],
+    texts: Annotated[
+        list[str], typer.Option("--text", help="Words that must be gone: every file is searched for them; may be repeated.")
+    ] = [],  # noqa: B006
+    key: Annotated[str | None, typer.Option(help="Public key (base64) that must have signed it.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Check a receipt against the store: its signature, that the messages are gone, that no file holds a trace. Exit code 1 where something fails.
+
+    Example: `remanence recall verify receipt.json --text "My sister Ada lives in Bergen."`
+    """
+    from remanence.recall.deletion import check_deletion, read_deletion
+
+    content = read_deletion(receipt)
+    with _open(store, write=False) as memory:
+        found = check_deletion(content, store=memory.store, texts=texts, trusted=key)
+    for what, holds, words in found:
+        print(f"{'ok' if holds else 'FAILS'}  {what}: {words}")
+    if not all(holds for _, holds, _ in found):
+        raise typer.Exit(1)
+
+
+@recall_app.command("export")
+def export_messages(
+    out: Annotated[Path, typer.Argument(help="File to write (JSON lines).")],
+    space: Space = "default",
+    conversation: OneConversation = None,
+    person: Person = None,
+    since: Since = None,
+    until: Until = None,
+    store: StoreOption = None,
+) -> None:
+    """Write messages and facts to a file; what is erased later stays in it, so look after it.
+
+    Example: `remanence recall export holidays.jsonl --conversation holidays`
+    """
+    with _open(store, write=False) as memory:
+        count = memory.export(out, _selection(space, conversation, [], person, None, since, until))
+    print(f"{out}: {count:,} messages")
+
+
+@recall_app.command("import")
+def import_messages(
+    source: Annotated[Path, typer.Argument(help="File that `remanence recall export` wrote, or JSON lines with role and text.")],
+    space: Space = "default",
+    store: StoreOption = None,
+    embedder: EmbedderOption = None,
+    summarizer: SummarizerOption = "extractive",
+) -> None:
+    """Add the messages of a file; one that was cut short goes on where it stopped.
+
+    Example: `remanence recall import holidays.jsonl --space ada`
+    """
+    with _open(store, embedder=embedder, summarizer=summarizer) as memory:
+        print(f"{memory.load(source, space):,} new messages")
+
+
+@recall_app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8765,
+    network: Annotated[bool, typer.Option("--network", help="Let other machines in; put TLS in front.")] = False,
+    open_to_all: Annotated[bool, typer.Option("--no-key", help="Ask for no key; this machine only.")] = False,
+    upstream: Annotated[
+        str | None, typer.Option(help="Model behind /v1/chat/completions: the URL of an OpenAI-compatible server, or hf:FOLDER.")
+    ] = None,
+    rate: Annotated[float, typer.Option(min=0, help="Requests per second and key, on average; 0: no limit.")] = 100.0,
+    store: StoreOption = None,
+    embedder: EmbedderOption = None,
+    summarizer: SummarizerOption = "extractive",
+) -> None:
+    """Serve the memory: a web page, REST, an OpenAI-compatible proxy, and MCP at /mcp.
+
+    Example: `remanence recall serve --upstream https://api.openai.com/v1`
+
+    Your assistant then talks to `http://127.0.0.1:8765/v1` instead of its model. The key is made and shown at the first start.
+    """
+    from dataclasses import replace
+
+    missing = _serving()
+    if missing:
+        raise Mistake("recall serve", f"needs a package that is not installed ({missing})", "pip install 'remanence[serve]'")
+    from remanence.recall.mcp_server import make_mcp
+    from remanence.recall.proxy import make_proxy
+    from remanence.recall.server import ServerSettings
+    from remanence.recall.server import serve as run
+    from remanence.recall.upstream import load_upstream
+
+    behind = load_upstream(upstream) if upstream else None
+    memory = _open(store, embedder=embedder, summarizer=summarizer)
+    settings = ServerSettings(keys=None if open_to_all else _keys(store), rate=rate)
+    routers = [make_proxy(memory, behind)] if behind is not None else []
+    run(memory, host, port, replace(settings), routers=routers, mounts={"/mcp": make_mcp(memory)}, network=network)
+
+
+@recall_app.command()
+def mcp(
+    space: Space = "default",
+    store: StoreOption = None,
+    embedder: EmbedderOption = None,
+    summarizer: SummarizerOption = "extractive",
+) -> None:
+    """Speak MCP on standard input and output: what an assistant on this machine starts by itself.
+
+    Example: `claude mcp add memory -- remanence recall mcp --space ada`
+    """
+    missing = _serving()
+    if missing:
+        raise Mistake("recall mcp", f"needs a package that is not installed ({missing})", "pip install 'remanence[serve]'")
+    from remanence.recall.mcp_server import run_stdio
+
+    with _open(store, embedder=embedder, summarizer=summarizer) as memory:
+        run_stdio(memory, space)
+
+
+@recall_app.command()
+def key(
+    make: Annotated[str | None, typer.Option(help="Make a key of this name, and show it this once.")] = None,
+    spaces: Annotated[list[str], typer.Option("--space", help="With --make: a space it may see, and no other; may be repeated.")] = [],  # noqa: B006
+    revoke: Annotated[str | None, typer.Option(help="Remove the key of this name.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """List, make and revoke the keys of the server; a running one follows at once.
+
+    Example: `remanence recall key --make laptop --space ada`
+    """
+    from remanence.recall.access import Keys
+
+    keys = Keys(_keys(store))
+    if revoke:
+        keys.revoke(revoke)
+    if make:
+        print(keys.make(make, spaces or None))
+    elif not revoke:
+        rows = [(each.name, "all" if each.spaces is None else ", ".join(each.spaces), _when(each.made)) for each in keys.all()]
+        _table(("key", "spaces", "made"), rows)
+
+
+@recall_app.command()
+def stats(
+    store: StoreOption = None, space: Annotated[str | None, typer.Option(help="Only this space.")] = None, as_json: AsJson = False
+) -> None:
+    """Count what is held.
+
+    Example: `remanence recall stats`
+    """
+    with _open(store, write=False) as memory:
+        found = memory.stats(space)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _table(
+            ("what", "how much"),
+            [(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)) for name, value in found.items()],
+        )
+
+
+# What the commands share.
+
+
+def _serving() -> str:
+    """Return the name of a package of the server that is not there, or nothing."""
+    import importlib.util
+
+    return next((name for name in ("fastapi", "uvicorn", "httpx", "mcp") if importlib.util.find_spec(name) is None), "")
+
+
+def _keys(store: str | None) -> Path:
+    """Return the file of the server's keys: beside the store, not in it, for copies of the store shall not carry it."""
+    place = Path(store) if store and "://" not in store else default_store()
+    return place.with_name(place.name + ".keys.json")
+
+
+def _open(store: str | None, *, write: bool = True, embedder: str | None = None, summarizer: str = "extractive") -> Recall:
+    from remanence.recall.service import Recall
+
+    return Recall.open(store or default_store(), embedder=embedder, summarizer=summarizer, write=write)
+
+
+def _selection(
+    space: str | None, conversation: str | None, ids: list[int], person: str | None, role: str | None, since: str | None, until: str | None
+) -> Selection:
+    from remanence.recall.items import Selection
+
+    return Selection(
+        space=space,
+        conversation=conversation,
+        ids=tuple(ids) or None,
+        person=person,
+        role=role,
+        since=_time(since),
+        until=_time(until, end=True),
+    )
+
+
+def _time(text: str | None, *, end: bool = False) -> float | None:
+    """Return seconds since the epoch; a bare date is its first moment, or with `end` its last."""
+    if text is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(text).astimezone()
+    except ValueError:
+        raise Mistake("date", f"'{text}' is no ISO date or time", "write 2026-03-01 or 2026-03-01T12:00") from None
+    return moment.timestamp() + (86400 - 1e-3 if end and len(text) == 10 else 0)
+
+
+def _when(at: float | None) -> str:
+    return "" if at is None else datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M")
+
+
+def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))  # text is data: no markup in it
+    Console().print(table)
