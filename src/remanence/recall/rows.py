@@ -149,5 +149,6 @@ def check_chunks(text: str, chunks: Sequence[NewChunk], dim: int) -> None:
                 f"has the shape {chunk.vector.shape}, the store's vectors have {dim} numbers",
                 "use the embedder that the store was made with",
             )
-        if not np.isfinite(chunk.vector).all() or not chunk.vector.any():
-            raise Mistake("vector", "is zero or holds NaN or infinity", "mend the embedder: it must return unit vectors")
+        length = float(np.linalg.norm(chunk.vector))
+        if not 0.99 < length < 1.01:  # NaN as well
+            raise Mistake("vector", f"has the length {length:.3g}", "mend the embedder: it must return unit vectors")
