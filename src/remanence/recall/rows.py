@@ -106,10 +106,10 @@ def check_text(place: str, text: object) -> None:
 
 
 def check_name(place: str, name: object) -> None:
-    """Refuse a name that is no text, empty, or longer than 1000 characters."""
+    """Refuse a name that is no text, empty, or longer than 500 characters."""
     check_text(place, name)
-    if not name or len(str(name)) > 1000:
-        raise Mistake(place, "is empty" if not name else "is longer than 1000 characters", "give it a short name")
+    if not name or len(str(name)) > 500:
+        raise Mistake(place, "is empty" if not name else "is longer than 500 characters", "give it a short name")
 
 
 def check_time(place: str, at: object) -> None:

@@ -78,16 +78,16 @@ class SqliteStore(SqlStore):
 
     def scrub_due(self) -> bool:
         """Return whether rows were deleted since the last scrub."""
-        return self._database.one("SELECT 1 FROM about WHERE name = 'scrub'") is not None
+        return self._spaces.due() is not None
 
     def scrub(self) -> None:
         """Leave no trace of deleted rows in any file: full-text index rebuilt, free pages overwritten, log emptied and truncated."""
         with self.transaction():
+            due = self._spaces.due()
             for (space,) in self._database.all("SELECT id FROM spaces WHERE sealed IS NULL"):
                 self._fts.purge(space)
         self._sqlite.compact()
-        with self.transaction():
-            self._database.do("DELETE FROM about WHERE name = 'scrub'")
+        self._spaces.unmark(due)
         self._sqlite.empty_log()
 
     def files(self) -> list[Path]:
