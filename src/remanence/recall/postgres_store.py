@@ -61,7 +61,6 @@ class PostgresStore(SqlStore):
         try:
             _prepare(base, embedder, dim, precision)
             super().__init__(base, None, embedder, dim)
-            self._kind = _kind(self.precision)
             if write:
                 self._spaces.destroy_doomed()
                 if self.scrub_due():
@@ -97,7 +96,7 @@ class PostgresStore(SqlStore):
         found: list[tuple[int, float]] = []
         for spaces, where, values in self._turns.scopes(selection):
             if spaces[0].sealer is None:
-                away = f"c.dense <=> ?::{self._kind}"
+                away = "c.dense::public.vector <=> ?::public.vector"  # else the query would be rounded to the store's precision
                 question = (
                     f"SELECT c.id, 1 - ({away}) FROM chunks c JOIN messages m ON m.id = c.message JOIN conversations v ON v.id = m.conversation "
                     f"WHERE {where} ORDER BY {away}, c.id DESC LIMIT ?"
@@ -155,10 +154,6 @@ class PostgresDense:
         return [Hit(chunk, scores[chunk.id], {"cosine": scores[chunk.id]}) for chunk in self._store.chunks(list(scores))]
 
 
-def _kind(precision: str) -> str:
-    return "public.halfvec" if precision == "float16" else "public.vector"
-
-
 def _literal(vector: Float32[np.ndarray, "D"]) -> str:
     return "[" + ",".join(repr(float(value)) for value in vector) + "]"
 
@@ -180,7 +175,7 @@ def _prepare(base: PostgresDatabase, embedder: str | None, dim: int | None, prec
         base.do("CREATE EXTENSION IF NOT EXISTS vector WITH SCHEMA public")
         for statement in tables(identity="BIGINT GENERATED ALWAYS AS IDENTITY PRIMARY KEY", blob="BYTEA"):
             base.do(statement)
-        base.do(f"ALTER TABLE chunks ADD COLUMN dense {_kind(precision)}({dim})")
+        base.do(f"ALTER TABLE chunks ADD COLUMN dense public.{'halfvec' if precision == 'float16' else 'vector'}({dim})")
         about = {"id": secrets.token_hex(16), "format": str(FORMAT), "embedder": embedder, "dim": str(dim), "precision": precision}
         for name, value in about.items():
             base.do("INSERT INTO about(name, value) VALUES(?, ?)", name, value)
