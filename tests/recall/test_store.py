@@ -31,7 +31,7 @@ def keys(tmp_path, monkeypatch):
     return tmp_path / "keys"
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path):
     with SqliteStore(tmp_path / "store", embedder="stub", dim=DIM) as store:
         yield store
@@ -46,19 +46,21 @@ def test_what_was_written_is_read_back_after_reopening(tmp_path, sealed):
         store.put_gists("a", "c", [Gist("c", "running", 1, 1, 2, "otter, badger", 1)])
         fact = store.add_fact("a", "Ada likes otters", conversation="c", sources=[first.id], pinned=True)
         store.touch(ids, 2)
-        vectors = [block for block in store.vectors("a")]
+        vectors = list(store.vectors("a"))
     with SqliteStore(tmp_path / "s", embedder="stub", dim=DIM) as store:
         assert store.messages(Selection("a")) == [first, second]
         assert [second.turn, store.last_turn("a", "c")] == [2, 2]
-        assert first.meta == {"x": [1, "é"]} and first.person == "Ada"
+        assert first.meta == {"x": [1, "é"]}
+        assert first.person == "Ada"
         found = store.chunks([*more, *ids])
         assert [chunk.text for chunk in found] == ["The badger digs.", "The otter sleeps."]
         assert found[1].last_retrieved == 2
-        again = [block for block in store.vectors("a")]
+        again = list(store.vectors("a"))
         assert np.array_equal(again[0][1], vectors[0][1])
         np.testing.assert_allclose(again[0][1], [unit(1), unit(2)], atol=1e-3)
         assert store.facts("a") == [fact] == store.facts("a", "c", pinned=True)
-        assert store.gists("a", "c")[0].text == "otter, badger" and store.gist_history("a", "c")[0][0] == 2
+        assert store.gists("a", "c")[0].text == "otter, badger"
+        assert store.gist_history("a", "c")[0][0] == 2
         assert [id for id, _ in store.lexical("OTTER", 5, Selection("a"))] == ids
         assert store.messages(Selection(None, person="Ada")) == [first]
         assert say(store, "again", "a", "c", key="k1") == (first, [])
@@ -66,7 +68,8 @@ def test_what_was_written_is_read_back_after_reopening(tmp_path, sealed):
         assert list(store.ages("a", "c")[2]) == [2, -1]
         assert store.delete([first.id]) == {"messages": 1, "chunks": 1, "vectors": 1, "facts": 1}
         store.scrub()
-        assert store.messages(Selection("a")) == [second] and store.facts("a") == []
+        assert store.messages(Selection("a")) == [second]
+        assert store.facts("a") == []
         assert store.lexical("otter", 5, Selection("a")) == []
 
 

@@ -24,7 +24,6 @@ class Space:
 
     id: int
     name: str
-    key: str | None
     sealer: Sealer | None
 
     def look(self, kind: str, value: str) -> str:
