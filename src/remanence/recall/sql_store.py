@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,10 @@ class SqlStore:
     ) -> Iterator[tuple[Int64[np.ndarray, "N"], Float32[np.ndarray, "N D"]]]:
         """Yield ids and vectors of a space by id, from the first id above `above`, in blocks."""
         return self._turns.vectors(space, above=above, block=block)
+
+    def cache(self, space: str) -> Path | None:
+        """Return a folder for disposable files made of a space's vectors, or `None`: a sealed space has none, nor has a store that is not files."""
+        return None
 
     def lexical(self, query: str, k: int, selection: Selection) -> list[tuple[int, float]]:
         """Return (chunk id, BM25 score, higher is better) of at most `k` chunks with any of the query's words."""
