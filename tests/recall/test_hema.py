@@ -608,3 +608,38 @@ def test_a_hit_of_words_has_no_cosine_and_the_prompt_shows_its_score(tmp_path):
         texts = fill(held, 30)
         assert isinstance(held.search(texts[2])[0], Hit)
         assert len(held.compose(texts[2]).scores) == len(held.compose(texts[2]).chunk_ids)
+
+
+@pytest.mark.parametrize("sos", [True, False])
+def test_deleting_a_turn_rebuilds_every_summary_that_saw_it_and_leaves_no_marker_on_disk(tmp_path, sos):
+    with memory(tmp_path / "a", period=10, sos=sos) as held, memory(tmp_path / "b", period=10, sos=sos) as never:
+        texts = [f"Turn {turn} is about {WORDS[turn]}." for turn in range(1, 36)]
+        texts[14] = "Zebulon Quartz7731 moved to Xanaduville, 4711 Main Street, in December 2019."
+        held.recall.add_many([NewMessage("user", text, at=float(turn), turn=turn) for turn, text in enumerate(texts, 1)])
+        never.recall.add_many([NewMessage("user", text, at=float(turn), turn=turn) for turn, text in enumerate(texts, 1) if turn != 15])
+        saw = [gist for gist in held.recall.store.gists("default", "default") if "Quartz7731" in gist.text]
+        assert {gist.kind for gist in saw} == ({"segment", "whole"} if sos else {"flat"})
+        assert held.forget([15])
+        assert [gist.text for gist in held.recall.store.gists("default", "default")] == [
+            gist.text for gist in never.recall.store.gists("default", "default")
+        ]
+        assert held.recall.compose("hello", used=False).text == never.recall.compose("hello", used=False).text
+        for file in held.recall.store.files():
+            content = Path(file).read_bytes()
+            for word in (b"Zebulon", b"Quartz7731", b"Xanaduville", b"zebulon", b"quartz7731"):
+                assert word not in content
+        assert held.add_turn("user", "and on it goes") == 36
+
+
+def test_editing_a_turn_rebuilds_its_summaries_too(tmp_path):
+    with memory(tmp_path, period=10) as held:
+        messages = held.recall.add_many([NewMessage("user", f"Turn {turn} names {WORDS[turn].title()}.") for turn in range(1, 13)])
+        held.recall.edit(messages[2].id, "Ana lives in Porto since 2019, 4711 Main Street.")
+        assert "Porto" in held.gist()
+        assert WORDS[3].title() not in held.gist()
+        gists = held.recall.store.gists("default", "default")
+        held.recall.edit(messages[11].id, "Bo lives in Riga since 2018, 12 Long Road.")
+        assert [gist for gist in held.recall.store.gists("default", "default") if gist.kind == "segment"] == [
+            gist for gist in gists if gist.kind == "segment"
+        ]
+        assert "Riga" in held.gist()
