@@ -11,6 +11,7 @@ hundred MB/s, one over the kept texts; memory by the size of what was erased.
 from __future__ import annotations
 
 import base64
+import contextlib
 import html
 import json
 import re
@@ -24,13 +25,17 @@ from pathlib import Path
 import numpy as np
 
 from remanence.errors import Mistake
+from remanence.recall.items import Message, Selection
+from remanence.recall.protocols import Store
 
 PIECE = 16  # characters: any 31 characters of an erased text in a row hold a whole piece
 RUN = 16  # bytes of a vector: any 31 of its bytes in a row hold a whole run
 SHORTEST = 8  # bytes: the matcher's key, and about what chance does not hit in a gigabyte
+ECHO = 24  # characters: a phrase that long is a quotation
 LONGEST = 256
 PLACES = 3  # of one needle in one file: what is kept may say the same a million times
 BLOCK = 1 << 22
+PAGE = 1000  # messages read at once
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -147,7 +152,7 @@ def _bytes(text: str) -> bytes:
 
 def occurring(says: Iterable[bytes], kept: Iterable[bytes]) -> set[bytes]:
     """Return those byte strings that occur in any of the kept ones, capital and small letters alike."""
-    matcher, seen, waiting, size = Matcher(says), set(), [], 0
+    matcher, seen, waiting, size = Matcher(one for one in says if len(one) >= SHORTEST), set(), [], 0
     for one in kept:
         waiting.append(one)
         size += len(one)
@@ -155,6 +160,24 @@ def occurring(says: Iterable[bytes], kept: Iterable[bytes]) -> set[bytes]:
             seen |= {needle for _, needle in matcher.find(b"\0".join(waiting))}
             waiting, size = [], 0
     return seen | {needle for _, needle in matcher.find(b"\0".join(waiting))}
+
+
+def repeats(texts: Iterable[str], other: str) -> bool:
+    """Return whether a text repeats a piece of one of the texts, or a whole one that is short."""
+    return bool(occurring({_bytes(_fold(cut)).lower() for text in texts for cut, kind in _cuts(text) if kind == "piece"}, [_bytes(_fold(other))]))
+
+
+def echoing(texts: Iterable[str], messages: Iterable[Message]) -> list[int]:
+    """Return the ids of the messages that repeat a piece of `ECHO` characters of one of the texts, or a whole one of half of that."""
+    pieces = {_bytes(piece).lower() for text in texts for piece in _long(_fold(text))}
+    matcher = Matcher(piece for piece in pieces if _speaks(piece))
+    return [message.id for message in messages if next(matcher.find(_bytes(_fold(message.text))), None)] if len(matcher.keys) else []
+
+
+def _long(text: str) -> Iterator[str]:
+    last = max(len(text) - ECHO, 0)
+    if len(text) >= ECHO // 2:
+        yield from (text[start : start + ECHO] for start in sorted({*range(0, last, ECHO // 3), last}))
 
 
 def _cuts(text: str) -> Iterator[tuple[str, str]]:
@@ -248,7 +271,7 @@ def scan(
             ) from error
         count += 1
     hit = {needles[needle] for needle, _, _ in found}
-    says, runs = ({one.says for one in hit if (one.kind == "vector") is vector and len(one.says) >= SHORTEST} for vector in (False, True))
+    says, runs = ({one.says for one in hit if (one.kind == "vector") is vector} for vector in (False, True))
     fine = occurring(says, (_bytes(_fold(text)) for text in kept())) if says else set()
     fine |= occurring(runs, (written for block in kept_vectors() for _, written in precisions(block))) if runs else set()
     real = [
@@ -272,3 +295,47 @@ def _in_file(path: Path, matcher: Matcher) -> Iterator[tuple[int, bytes]]:
                         yield start - len(tail) + offset, needle
             start += len(block)
             tail = data[-overlap:] if overlap else b""
+
+
+# The files of a store.
+
+
+def scan_store(store: Store, texts: Sequence[str], vectors: Sequence[np.ndarray] = ()) -> Scan:
+    """Look for erased texts and vectors in every file of a store; what any of its spaces keeps is left out."""
+    return scan(store.files(), texts, vectors, kept=lambda: kept_texts(store), kept_vectors=lambda: kept_vectors(store))
+
+
+def kept_texts(store: Store) -> Iterator[str]:
+    """Yield every text that a store keeps, its own words (tables, log) included."""
+    yield from store.spaces()
+    yield store.embedder
+    yield from (json.dumps([entry["action"], entry["detail"]], sort_keys=True, ensure_ascii=False) for entry in store.audit_log())
+    yield from (text for path in store.files() for text in _tables(path))
+    for space in store.spaces():
+        for conversation in store.conversations(space):
+            yield conversation["name"]
+            yield from (gist.text for gist in store.gists(space, conversation["name"]))
+            yield from (gist.text for _, gist in store.gist_history(space, conversation["name"], 1 << 40))
+        yield from (fact.text for fact in store.facts(space))
+        after = 0
+        while found := store.messages(Selection(space=space), after=after, limit=PAGE):
+            for message in found:
+                yield from (message.text, message.person or "", json.dumps(dict(message.meta), ensure_ascii=False) if message.meta else "")
+            after = found[-1].id
+
+
+def kept_vectors(store: Store) -> Iterator[np.ndarray]:
+    """Yield the vectors that a store keeps, in blocks (N, D)."""
+    for space in store.spaces():
+        yield from (block for _, block in store.vectors(space))
+
+
+def _tables(path: Path) -> list[str]:
+    """Return what an SQLite file says about its own tables."""
+    import sqlite3
+
+    with contextlib.suppress(OSError, sqlite3.Error), path.open("rb") as file:
+        if file.read(16) == b"SQLite format 3\0":
+            with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as base:
+                return [row[0] for row in base.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL")]
+    return []
