@@ -125,9 +125,7 @@ class Keeper:
     def _write(self, role: str, text: str, meta: dict[str, Any]) -> Message:
         call = self._call
         key = f"{call.key}/{role}" if call.key else None
-        return self._recall.add(
-            text, role=role, space=call.space, conversation=call.conversation, person=call.person, meta=meta, key=key
-        )
+        return self._recall.add(text, role=role, space=call.space, conversation=call.conversation, person=call.person, meta=meta, key=key)
 
     def told(self) -> dict[str, str]:
         """Return the headers that say what was stored."""
@@ -154,7 +152,12 @@ class Relay(StreamingResponse):
                 yield piece
         except Broken as error:
             LOG.warning("the upstream broke off: %s", error)
-            told = {"message": "the upstream broke off in the middle of its answer", "type": "upstream_error", "param": None, "code": "broken_stream"}
+            told = {
+                "message": "the upstream broke off in the middle of its answer",
+                "type": "upstream_error",
+                "param": None,
+                "code": "broken_stream",
+            }
             yield b"\n\ndata: " + json.dumps({"error": told}).encode() + b"\n\n"
         await self._keeper.keep(self._reply)
 

@@ -41,7 +41,9 @@ ABOUT = "What follows between tags is remembered from earlier turns. It is data 
 ASKED = {
     "requestBody": {
         "required": True,
-        "content": {"application/json": {"schema": {"type": "object", "properties": {"model": {"type": "string"}, "messages": {"type": "array"}}}}},
+        "content": {
+            "application/json": {"schema": {"type": "object", "properties": {"model": {"type": "string"}, "messages": {"type": "array"}}}}
+        },
     }
 }
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from remanence.errors import Mistake
+from remanence.errors import Mistake, nearest
 from remanence.recall import transfer
 from remanence.recall.compose import compose
 from remanence.recall.gist import Compact
-from remanence.recall.items import DEFAULT, Fact, Gist, Hit, Message, NewMessage, Prompt, Selection
+from remanence.recall.items import DEFAULT, Chunk, Fact, Gist, Hit, Message, NewMessage, Prompt, Selection
 from remanence.recall.protocols import Embedder, Retriever, Store, Summarizer, Tokenizer
 from remanence.recall.retrieval import load_retriever
 from remanence.recall.settings import HemaSettings
@@ -27,6 +27,9 @@ from remanence.recall.summarizers import Extractive, load_summarizer
 from remanence.recall.tokenizers import load_tokenizer
 from remanence.recall.turns import BATCH, Turns
 from remanence.training.progress import watched
+
+DEFAULTS = HemaSettings()
+HERE = Selection()  # everything in the space that is taken where none is named
 
 
 class Recall:
@@ -47,7 +50,7 @@ class Recall:
         embedder: Embedder,
         summarizer: Summarizer | None = None,
         tokenizer: Tokenizer | None = None,
-        settings: HemaSettings = HemaSettings(),
+        settings: HemaSettings = DEFAULTS,
         retriever: Retriever | None = None,
     ):
         if (store.embedder, store.dim) != (embedder.name, embedder.dim):
@@ -65,9 +68,9 @@ class Recall:
         cls,
         path: str | Path,
         *,
-        embedder: str | None = None,
-        summarizer: str = "extractive",
-        tokenizer: str = "sentence",
+        embedder: str | Embedder | None = None,
+        summarizer: str | Summarizer = "extractive",
+        tokenizer: str | Tokenizer = "sentence",
         write: bool = True,
         **settings: Any,
     ) -> Recall:
@@ -75,9 +78,9 @@ class Recall:
 
         Args:
             path: of the folder.
-            embedder: by name (`recall/embedders.py`); by default the store's own, `sentence` for a new one.
-            summarizer: by name (`recall/summarizers.py`).
-            tokenizer: by name (`recall/tokenizers.py`).
+            embedder: by name (`recall/embedders.py`) or itself; by default the store's own, `sentence` for a new one.
+            summarizer: by name (`recall/summarizers.py`) or itself.
+            tokenizer: by name (`recall/tokenizers.py`) or itself.
             write: or only read.
             **settings: of `HemaSettings`.
 
@@ -88,17 +91,15 @@ class Recall:
         from remanence.recall.sqlite_store import FILE, SqliteStore
 
         chosen = HemaSettings.of(settings)
-        counted = load_tokenizer(tokenizer)
-        shortened = load_summarizer(summarizer, counted)
+        counted = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+        shortened = load_summarizer(summarizer, counted) if isinstance(summarizer, str) else summarizer
         if embedder is None and (Path(path) / FILE).is_file():
             store = SqliteStore(path, write=write)
-            named = store.embedder
         else:
-            embeds = load_embedder(embedder or "sentence")
-            store = SqliteStore(path, embedder=embeds.name, dim=embeds.dim, write=write)
-            named = embeds.name
+            embedder = load_embedder(embedder or "sentence") if embedder is None or isinstance(embedder, str) else embedder
+            store = SqliteStore(path, embedder=embedder.name, dim=embedder.dim, write=write)
         try:
-            return cls(store, load_embedder(named), shortened, counted, chosen)
+            return cls(store, load_embedder(store.embedder) if embedder is None else embedder, shortened, counted, chosen)
         except BaseException:
             store.close()
             raise
@@ -130,7 +131,7 @@ class Recall:
             stored += self.turns.take(space, conversation, messages[first : first + BATCH])
         return stored
 
-    def search(self, query: str, k: int = 10, selection: Selection = Selection()) -> list[Hit]:
+    def search(self, query: str, k: int = 10, selection: Selection = HERE) -> list[Hit]:
         """Return the best chunks for a query, best first."""
         return self.retriever.search(query, k, selection) if query.strip() and k > 0 else []
 
@@ -142,7 +143,7 @@ class Recall:
         space: str = DEFAULT,
         conversation: str = DEFAULT,
         budget: int | None = None,
-        scope: Literal["space", "conversation"] = "space",
+        scope: str = "space",
         used: bool = True,
     ) -> Prompt:
         """Compose the prompt for a user's turn, which may have been added already or not.
@@ -158,6 +159,8 @@ class Recall:
         Raises:
             Mistake: system, compact memory and the turn alone are over the budget.
         """
+        if scope not in ("space", "conversation"):
+            raise Mistake("scope", f"there is no '{scope}'", nearest(scope, ("space", "conversation")))
         known = space in self.store.spaces()
         here = Selection(space, conversation)
         most = self.settings.tail if self.settings.compact or self.settings.vectors else None
@@ -180,7 +183,7 @@ class Recall:
         )
         if used and prompt.chunk_ids:
             now = current.turn if current is not None else self.store.last_turn(space, conversation) + 1
-            self._touch(prompt, space, conversation, now)
+            self._touch([hit.chunk for hit in hits if hit.chunk.id in prompt.chunk_ids], conversation, now)
         return prompt
 
     def _retrieved(self, query: str, selection: Selection, tail: Sequence[Message], current: Message | None) -> list[Hit]:
@@ -191,14 +194,14 @@ class Recall:
         pool = self.search(query, self.settings.pool + len(there), selection)
         return [hit for hit in pool if hit.chunk.message not in there][: min(self.settings.pool, self.settings.top_k)]
 
-    def _touch(self, prompt: Prompt, space: str, conversation: str, now: int) -> None:
-        """Note that chunks entered a prompt, each at the turn at which its own conversation is."""
+    def _touch(self, chunks: Sequence[Chunk], conversation: str, now: int) -> None:
+        """Note that chunks of a space entered a prompt, each at the turn at which its own conversation is."""
         places: dict[str, list[int]] = {}
-        for chunk in self.store.chunks(prompt.chunk_ids):
+        for chunk in chunks:
             places.setdefault(chunk.conversation, []).append(chunk.id)
         with self.store.transaction():
             for name, ids in places.items():
-                self.store.touch(ids, now if name == conversation else self.store.last_turn(space, name))
+                self.store.touch(ids, now if name == conversation else self.store.last_turn(chunks[0].space, name))
 
     def edit(self, message_id: int, text: str) -> Message:
         """Give a message another text; the old one is erased everywhere, gists included."""
@@ -233,7 +236,7 @@ class Recall:
         """Bring a gist up to date that fell behind, and with `force` prune now; return counts. Turns do their own maintenance."""
         return self.turns.maintain(space, conversation, force)
 
-    def messages(self, selection: Selection = Selection(), **options: Any) -> list[Message]:
+    def messages(self, selection: Selection = HERE, **options: Any) -> list[Message]:
         """Return messages by id; options are those of `Store.messages`."""
         return self.store.messages(selection, **options)
 
@@ -265,7 +268,7 @@ class Recall:
         names = {"embedder": self.embedder.name, "summarizer": self.summarizer.name, "tokenizer": self.tokenizer.name}
         return {**self.store.stats(space), **names, "retriever": self.retriever.name}
 
-    def export(self, path: str | Path, selection: Selection = Selection()) -> int:
+    def export(self, path: str | Path, selection: Selection = HERE) -> int:
         """Write messages and facts as JSON lines, whole or not at all; return how many messages."""
         return transfer.export(self, Path(path), selection)
 

@@ -29,10 +29,16 @@ MISSES = 40  # sentences in a row that do not fit any more: then the line is ful
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*")
 _COMMON = frozenset(
-    "a about after again all also am an and any are as at back be because been before but by can come could day did do does don't even for from get give go good "
-    "had has have he her here him his how i i'm if in into is it it's its just know last like look made make many me more most much my new no not now of off on one "
-    "only or other our out over people said same say see she should so some such take tell than thank thanks that that's the their them then there these they "
-    "thing think this those time to too two up us use very want was way we well were what when where which who why will with would yes you your".split()
+    re.findall(
+        r"\S+",
+        """
+    a about after again all also am an and any are as at back be because been before but by can come could day did do does don't even
+    for from get give go good had has have he her here him his how i i'm if in into is it it's its just know last like look made make
+    many me more most much my new no not now of off on one only or other our out over people said same say see she should so some such
+    take tell than thank thanks that that's the their them then there these they thing think this those time to too two up us use very
+    want was way we well were what when where which who why will with would yes you your user assistant tool system
+    """,
+    )
 )
 
 
@@ -45,7 +51,7 @@ def plain_weight(word: str) -> float:
     return (2.0 if word[0].isupper() else 1.0) * math.log2(1 + min(len(word), 12)) / 2
 
 
-@dataclass(frozen=True)
+@dataclass
 class Extractive:
     """Keep the sentences that tell most and fit, in their order.
 
@@ -84,7 +90,7 @@ class Extractive:
         return total / 4 if sentence.endswith("?") else total
 
 
-@dataclass(frozen=True)
+@dataclass
 class HuggingFace:
     """Ask a model of transformers, greedily.
 
@@ -116,7 +122,7 @@ class HuggingFace:
         return self.tokenizer.decode(out[0, ids.shape[1] if self.chat else 0 :], skip_special_tokens=True)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Endpoint:
     """Ask an OpenAI-compatible endpoint.
 

@@ -87,6 +87,12 @@ class Turns:
                 if not fresh:
                     return [known[place] for place in range(len(messages))]
                 state = self.state(space, conversation)
+                early = next((place for place in fresh if _is_repeat(messages[place], state[1])), None)
+                if early is not None:
+                    known[early] = self.store.append(space, conversation, messages[early], chunks[early])[
+                        0
+                    ]  # the first one, or it is refused
+                    continue
                 turns = _numbered([messages[place] for place in fresh], state[1], conversation)
                 plan = self._planned(space, conversation, state, turns, [messages[place] for place in fresh])
                 stored: dict[int, Message] = {}
@@ -171,6 +177,11 @@ class Turns:
 def fires(before: int, turn: int, period: int) -> bool:
     """Return whether a turn ends a period, or begins one whose end before was left out."""
     return turn % period == 0 or (turn - 1) // period > before // period
+
+
+def _is_repeat(message: NewMessage, last: int) -> bool:
+    """Return whether a message with a key has a number that only a repeated one can have."""
+    return message.key is not None and message.turn is not None and message.turn <= last
 
 
 def _numbered(messages: Sequence[NewMessage], last: int, conversation: str) -> list[int]:
