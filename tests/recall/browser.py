@@ -92,7 +92,7 @@ class Chromium:
     def open(self, address: str) -> None:
         """Open a page."""
         self.call("Page.navigate", url=address)
-        self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.until(f"document.readyState === 'complete' && location.origin === '{'/'.join(address.split('/')[:3])}'")
 
     def window(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
         """Set the size, the theme and the kind of the window."""

@@ -246,9 +246,13 @@ def _preview(request: Request, recall: Recall, body: ask.Doomed, space: str | No
             raise HTTPException(404, "nothing was found for this query")
         rest = {"ids": list(dict.fromkeys(found))}
     which = ask.Which(**rest)
-    seen = recall.preview(which.selection(space))
-    return {"space": space, "selection": which.model_dump(exclude_none=True), "confirm": _seal(request, recall, which, space)} | {
-        "preview": dataclasses.asdict(seen)
+    seen = dataclasses.asdict(recall.preview(which.selection(space)))
+    del seen["selection"]  # every id: long, and the conditions say the same
+    return {
+        "space": space,
+        "selection": which.model_dump(exclude_none=True),
+        "confirm": _seal(request, recall, which, space),
+        "preview": seen,
     }
 
 
@@ -290,7 +294,7 @@ def verify(recall: Memory, body: ask.Shown) -> list[dict[str, Any]]:
     from remanence.recall.deletion import check_deletion
 
     try:
-        checked = check_deletion(body.receipt, trusted=body.trusted)
+        checked = check_deletion(body.receipt, recall, trusted=body.trusted)
     except Mistake as error:
         return [{"what": error.place, "holds": False, "words": error.problem}]
     return [{"what": what, "holds": holds, "words": words} for what, holds, words in checked]

@@ -56,21 +56,23 @@ const complained = (work) => async (event) => {
   try { await work(); } catch (error) { $("erase-said").textContent = error.message; }
 };
 
+const KINDS = { messages: "messages", chunks: "chunks", facts: "facts", gists: "gists made anew", keys: "keys destroyed" };
 function tally(counts) {
-  const shown = Object.entries(counts).filter(([, value]) => typeof value === "number" && Number.isInteger(value));
-  return make("div", { className: "tally" }, ...shown.map(([name, value]) => make("span", {}, make("b", { textContent: value.toLocaleString("en") }), name.replaceAll("_", " "))));
+  return make("div", { className: "tally" }, ...Object.entries(KINDS).filter(([name]) => counts[name] || name === "messages")
+    .map(([name, words]) => make("span", {}, make("b", { textContent: (counts[name] ?? 0).toLocaleString("en") }), counts[name] === 1 ? words.replace(/s\b/, "") : words)));
 }
 
 let agreed = null;
 async function look() {
   stale();
   const [path, which] = doomed();
-  const seen = await post(`${path}/preview`, which);
-  agreed = [path, { ...seen.selection, confirm: seen.confirm }];
-  const { examples = [], counts = {}, ...rest } = seen.preview;
-  const quotes = examples.slice(0, 5).map((one) => make("blockquote", { textContent: typeof one === "string" ? one : one.text }));
-  $("erase-seen").replaceChildren(make("div", { className: "seen" }, make("b", { textContent: "This would go, and everything that was made of it:" }), tally({ ...rest, ...counts }), ...quotes));
-  const any = (rest.messages ?? counts.messages ?? 1) > 0;
+  const { selection, confirm, preview } = await post(`${path}/preview`, which);
+  agreed = [path, { ...selection, confirm }];
+  const quotes = preview.examples.map((one) => make("blockquote", { textContent: one.text }));
+  const stay = [[preview.echoes, "repeats a piece of it", "repeat pieces of it"], [preview.mentions, "names this person", "name this person"]].filter(([ids]) => ids?.length)
+    .map(([ids, one, more]) => make("p", { textContent: `${many(ids.length, "message")} that would stay ${ids.length === 1 ? one : more}.` }));
+  $("erase-seen").replaceChildren(make("div", { className: "seen" }, make("b", { textContent: "This would go, and everything that was made of it:" }), tally(preview), ...quotes, ...stay));
+  const any = preview.messages > 0 || !Object.keys(which).length;
   $("erase-go").hidden = !any;
   $("erase-look").hidden = any;
   if (any) $("erase-go").focus();
@@ -82,10 +84,11 @@ async function erase() {
   try {
     const receipt = await post(...agreed);
     $("erase-what").replaceChildren();
-    const save = make("button", { type: "button", className: "primary", textContent: "Save the receipt", onclick: () => download("receipt.json", JSON.stringify(receipt, null, 1) + "\n") });
-    const sealed = receipt.signature ? "It is signed." : "It is not signed: there is no local key.";
-    $("erase-seen").replaceChildren(make("div", { className: "seen done" }, make("b", { textContent: "Erased." }), tally(receipt.counts ?? {}),
-      make("p", { className: "soft", textContent: `The receipt holds counts and hashes, no words. ${sealed}` }), save));
+    const save = make("button", { type: "button", className: "primary", textContent: "Save the receipt", onclick: () => download(`receipt-${receipt.id.slice(0, 8)}.json`, JSON.stringify(receipt, null, 1) + "\n") });
+    const scan = receipt.scan;
+    const words = scan ? (scan.found ? `A scan of ${many(scan.files, "file")} still found ${many(scan.found, "trace")}.` : `A scan of ${many(scan.files, "file")} found nothing of it.`) : "";
+    $("erase-seen").replaceChildren(make("div", { className: "seen done" }, make("b", { textContent: `Erased. ${words}` }), tally(receipt.erased),
+      make("p", { className: "soft", textContent: `The receipt holds counts and hashes, no words. ${receipt.signature ? "It is signed." : "It is not signed: there is no local key."}` }), save));
     $("erase-go").hidden = true;
     $("erase-close").textContent = "Close";
     save.focus();
