@@ -169,7 +169,7 @@ def test_a_person_is_erased_after_a_preview(page, site):
     assert site[1].messages(Selection(space=None, person="anna")) == []
     page.key("Escape")
     page.until("!document.getElementById('erase').open")
-    assert page.run("document.querySelectorAll('.message').length") == 2
+    page.until("document.querySelectorAll('.message').length === 2")
 
 
 def test_cancelling_erases_nothing(page, site):
