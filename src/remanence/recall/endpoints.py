@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import hmac
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -22,6 +21,7 @@ from remanence.recall import requests as ask
 from remanence.recall.access import key_of
 from remanence.recall.items import Fact, Hit, Message, Prompt, Selection
 from remanence.recall.service import Recall
+from remanence.recall.transfer import lines_of
 
 router = APIRouter(prefix="/v1")
 
@@ -114,8 +114,17 @@ def messages(
 @router.post("/spaces/{space}/messages", status_code=201, tags=["messages"])
 def add(space: Named, recall: Memory, body: ask.SaidHere) -> Message:
     """Remember a message; when this is answered, it is on the disk."""
-    rest = {"role": body.role, "person": body.person, "at": body.at, "turn": body.turn, "meta": body.meta, "key": body.key}
-    return recall.add(body.text, space=space, conversation=body.conversation, **rest)
+    return recall.add(
+        body.text,
+        role=body.role,
+        space=space,
+        conversation=body.conversation,
+        person=body.person,
+        at=body.at,
+        turn=body.turn,
+        meta=body.meta,
+        key=body.key,
+    )
 
 
 @router.post("/spaces/{space}/messages/batch", status_code=201, tags=["messages"])
@@ -166,16 +175,9 @@ def prompt(space: Space, recall: Memory, body: ask.Composing) -> Prompt:
 
 @router.get("/spaces/{space}/export", tags=["messages"], response_class=StreamingResponse)
 def export(space: Space, recall: Memory, which: Annotated[ask.Which, Depends(ask.in_query)]) -> StreamingResponse:
-    """Stream messages as JSON lines."""
-    selection = which.selection(space)
-
-    def lines() -> Iterator[str]:
-        after = 0
-        while page := recall.store.messages(selection, after=after, limit=500):
-            yield "".join(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in page)
-            after = page[-1].id
-
-    return StreamingResponse(lines(), media_type="application/x-ndjson")
+    """Stream messages and facts as JSON lines, as `remanence recall import` takes them."""
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines_of(recall, which.selection(space)))
+    return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
 # Facts.
@@ -244,9 +246,13 @@ def _preview(request: Request, recall: Recall, body: ask.Doomed, space: str | No
             raise HTTPException(404, "nothing was found for this query")
         rest = {"ids": list(dict.fromkeys(found))}
     which = ask.Which(**rest)
-    seen = recall.preview(which.selection(space))
-    return {"space": space, "selection": which.model_dump(exclude_none=True), "confirm": _seal(request, recall, which, space)} | {
-        "preview": dataclasses.asdict(seen)
+    seen = dataclasses.asdict(recall.preview(which.selection(space)))
+    del seen["selection"]  # every id: long, and the conditions say the same
+    return {
+        "space": space,
+        "selection": which.model_dump(exclude_none=True),
+        "confirm": _seal(request, recall, which, space),
+        "preview": seen,
     }
 
 
@@ -288,7 +294,7 @@ def verify(recall: Memory, body: ask.Shown) -> list[dict[str, Any]]:
     from remanence.recall.deletion import check_deletion
 
     try:
-        checked = check_deletion(body.receipt, trusted=body.trusted)
+        checked = check_deletion(body.receipt, recall, trusted=body.trusted)
     except Mistake as error:
         return [{"what": error.place, "holds": False, "words": error.problem}]
     return [{"what": what, "holds": holds, "words": words} for what, holds, words in checked]
