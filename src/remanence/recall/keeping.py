@@ -73,7 +73,7 @@ class Reply:
         try:
             content = json.loads(data)
             choices = content.get("choices")
-            first = next((choice for choice in choices if choice.get("index", 0) == 0), {})
+            first: Any = next((choice for choice in choices if choice.get("index", 0) == 0), {})
             finish, message, model = first.get("finish_reason"), first.get(part) or {}, content.get("model")
             text = raw_text(message)
         except (ValueError, TypeError, AttributeError, RecursionError):
@@ -111,7 +111,7 @@ class Keeper:
             if self._user is not None:
                 await self._user
             if reply.text.strip():
-                marks = {} if reply.whole else {"aborted": True}
+                marks: dict[str, Any] = {} if reply.whole else {"aborted": True}
                 marks |= {"finish": reply.finish} if reply.finish not in (None, "stop") else {}
                 await self._add("assistant", reply.text, marks | ({"model": reply.model[:200]} if reply.model else {}))
 
