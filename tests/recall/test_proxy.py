@@ -442,7 +442,7 @@ def test_an_upstream_has_an_address_or_is_a_model() -> None:
 def test_the_official_client_needs_only_another_address(place: Desk) -> None:
     openai = pytest.importorskip("openai", reason="the openai package is not installed")
     place.recall.add("Ana lives in Lisbon.", conversation="old")
-    client = openai.OpenAI(base_url=f"{place.http.base_url}v1", api_key="the key of the proxy")
+    client = openai.OpenAI(base_url=f"{place.http.base_url}/v1", api_key="the key of the proxy")
     messages = [{"role": "user", "content": "Where does Ana live?"}]
     answer = client.chat.completions.with_raw_response.create(model="m", messages=messages, user="eva")
     assert answer.parse().choices[0].message.content == "Good morning."
