@@ -31,7 +31,7 @@ def keys(tmp_path, monkeypatch):
     return tmp_path / "keys"
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path):
     with SqliteStore(tmp_path / "store", embedder="stub", dim=DIM) as store:
         yield store

@@ -33,7 +33,7 @@ from remanence.storage import whole_file
 
 LOG = logging.getLogger("remanence.recall.server")
 PREFIX = "rk_"
-OPEN = frozenset({"/", "/health", "/openapi.json", "/page.css", "/page.js", "/favicon.ico"})  # hold no one's words
+OPEN = frozenset({"/", "/health", "/openapi.json", "/page.css", "/page.js", "/page_erase.js", "/favicon.ico"})  # hold no one's words
 HEADERS = {
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types 'none'",

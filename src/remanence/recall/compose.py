@@ -67,13 +67,14 @@ def compose(
     if least > budget:
         remedy = "give a larger budget, shorter rules or a shorter turn, or unpin facts"
         raise Mistake("budget", f"system, compact memory and user turn take {least} tokens, the budget is {budget}", remedy)
-    turns = [(message, f"{message.role}: {neutral(message.text)}") for message in tail]
-    frame = tokenizer.count("<dialogue_tail>\n\n</dialogue_tail>") if turns else 0
-    turns = _shortened(tokenizer, turns, budget - least - frame)
-    while turns and tokenizer.count(whole([], turns)[0]) > budget:  # pieces of a text may count less than the text
-        turns = _shortened(tokenizer, turns, sum(tokenizer.count(line) for _, line in turns) - 1)
+    spoken = [(message, f"{message.role}: {neutral(message.text)}") for message in tail]
+    room = budget - least - (tokenizer.count("<dialogue_tail>\n\n</dialogue_tail>") if spoken else 0)
+    turns = _shortened(tokenizer, spoken, room)
+    while turns and (over := tokenizer.count(whole([], turns)[0]) - budget) > 0:  # a text may count more than its lines
+        room -= over
+        turns = _shortened(tokenizer, spoken, room)
     left = budget - tokenizer.count(whole([], turns)[0]) - tokenizer.count("<retrieved>\n\n</retrieved>")
-    sizes = accumulate(tokenizer.count(_line(hit)) + 1 for hit in hits)  # and the end of the line
+    sizes = accumulate(tokenizer.count(_line(hit)) for hit in hits)
     kept = sum(size <= left for size in sizes)
     while kept and tokenizer.count(whole(hits[:kept], turns)[0]) > budget:
         kept -= 1
@@ -108,11 +109,11 @@ def _shortened(tokenizer: Tokenizer, turns: Sequence[tuple[Message, str]], token
     """Return the newest turns that fit; the oldest of them may be cut."""
     kept: list[tuple[Message, str]] = []
     for message, line in reversed(turns):
-        size = tokenizer.count(line) + 1
+        size = tokenizer.count(line)
         if size > tokens:
-            room = tokens - tokenizer.count(CUT) - 1
+            room = tokens - tokenizer.count(CUT)
             if room >= SHORTEST:
-                kept.append((message, tokenizer.cut(line.removesuffix(CUT), room) + CUT))
+                kept.append((message, tokenizer.cut(line, room) + CUT))
             break
         kept.append((message, line))
         tokens -= size

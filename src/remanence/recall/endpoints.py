@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import hmac
 import json
-from collections.abc import Iterator
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -22,6 +21,7 @@ from remanence.recall import requests as ask
 from remanence.recall.access import key_of
 from remanence.recall.items import Fact, Hit, Message, Prompt, Selection
 from remanence.recall.service import Recall
+from remanence.recall.transfer import lines_of
 
 router = APIRouter(prefix="/v1")
 
@@ -114,8 +114,17 @@ def messages(
 @router.post("/spaces/{space}/messages", status_code=201, tags=["messages"])
 def add(space: Named, recall: Memory, body: ask.SaidHere) -> Message:
     """Remember a message; when this is answered, it is on the disk."""
-    rest = {"role": body.role, "person": body.person, "at": body.at, "turn": body.turn, "meta": body.meta, "key": body.key}
-    return recall.add(body.text, space=space, conversation=body.conversation, **rest)
+    return recall.add(
+        body.text,
+        role=body.role,
+        space=space,
+        conversation=body.conversation,
+        person=body.person,
+        at=body.at,
+        turn=body.turn,
+        meta=body.meta,
+        key=body.key,
+    )
 
 
 @router.post("/spaces/{space}/messages/batch", status_code=201, tags=["messages"])
@@ -166,16 +175,9 @@ def prompt(space: Space, recall: Memory, body: ask.Composing) -> Prompt:
 
 @router.get("/spaces/{space}/export", tags=["messages"], response_class=StreamingResponse)
 def export(space: Space, recall: Memory, which: Annotated[ask.Which, Depends(ask.in_query)]) -> StreamingResponse:
-    """Stream messages as JSON lines."""
-    selection = which.selection(space)
-
-    def lines() -> Iterator[str]:
-        after = 0
-        while page := recall.store.messages(selection, after=after, limit=500):
-            yield "".join(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in page)
-            after = page[-1].id
-
-    return StreamingResponse(lines(), media_type="application/x-ndjson")
+    """Stream messages and facts as JSON lines, as `remanence recall import` takes them."""
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines_of(recall, which.selection(space)))
+    return StreamingResponse(lines, media_type="application/x-ndjson")
 
 
 # Facts.

@@ -85,11 +85,9 @@ class Compact:
         """Return G of all frozen summaries."""
         texts, levels = [gist.text for gist in frozen], 1
         size = max(2, min(GROUP, self.summarizer.window // self.tokens))
-        while len(texts) > size or (len(texts) > 2 and self.tokenizer.count(" ".join(texts)) > self.summarizer.window):
+        while len(texts) > 1 and self.tokenizer.count(" ".join(texts)) > self.summarizer.window:
             texts = [self.shorten("", " ".join(texts[first : first + size])) for first in range(0, len(texts), size)]
             levels += 1
-            if len(texts) <= 2:
-                break
         first = frozen[0]
         return Gist(
             first.conversation, "whole", 0, first.first, frozen[-1].last, self.shorten("", " ".join(texts)), first.rewrites + levels

@@ -94,7 +94,6 @@ async function refresh() {
   $("figures").textContent = [["messages", "message"], ["chunks", "chunk"], ["facts", "fact"]]
     .filter(([name]) => name in stats).map(([name, one]) => many(stats[name], one)).join(" · ");
   $("conversation-count").textContent = list.length || "";
-  $("rail").dataset.chosen = "";
   $("conversations").replaceChildren(...list.map((one) => make("li", {},
     make("button", { type: "button", "aria-current": one.name === at.conversation ? "true" : "false", onclick: tried(() => choose(one.name)) },
       make("b", { textContent: one.name }), make("small", { textContent: one.messages.toLocaleString("en") }),
@@ -144,18 +143,18 @@ function card(message, score = null, words = []) {
   text.append(...marked(message.text, words));
   const when = make("time", { dateTime: new Date(message.at * 1000).toISOString(), textContent: day(message.at) });
   const acts = make("div", { className: "acts" },
-    make("button", { type: "button", textContent: "Correct", onclick: () => correct(one, message) }),
+    make("button", { type: "button", textContent: "Correct", onclick: tried(() => correct(one, message.id)) }),
     make("button", { type: "button", className: "erase", textContent: "Erase…", onclick: () => openErase(message) }),
     at.found ? make("button", { type: "button", textContent: "Open conversation", onclick: tried(() => choose(message.conversation)) }) : null);
-  const one = make("li", { className: "message", id: `message-${message.id}` },
+  const one = make("li", { className: "message", id: at.found ? "" : `message-${message.id}` },
     make("div", { className: "top" },
       make("span", { className: message.role === "user" ? "role user" : "role", textContent: message.role }),
       message.person ? make("span", { className: "person", textContent: message.person }) : null,
       when, make("span", { textContent: `turn ${message.turn}` }),
       at.found ? make("span", { textContent: message.conversation }) : null,
       message.edited ? make("span", { textContent: "corrected", title: day(message.edited) }) : null,
-      score === null ? null : make("span", { className: "score", textContent: score.toFixed(2), title: "how well it fits" })),
-    text, acts);
+      score === null ? null : make("span", { className: "score", textContent: score.toFixed(2), title: "how well it fits" }), acts),
+    text);
   return one;
 }
 
@@ -165,22 +164,24 @@ function marked(text, words) {
   return parts.map((part, number) => (number % 2 ? make("mark", { textContent: part }) : part));
 }
 
-function correct(one, message) {
+async function correct(one, id) {
+  const message = await get(inSpace(`messages/${id}`)); // whole and fresh: a hit is a piece of it
   const area = make("textarea", { value: message.text, "aria-label": "The corrected text" });
-  const shut = () => { box.replaceWith(...held); one.querySelector(".acts button").focus(); };
+  const shut = () => { box.replaceWith(text); acts.hidden = false; acts.firstChild.focus(); };
   const save = tried(async (event) => {
     event.preventDefault();
     const now = await (await ask("PUT", inSpace(`messages/${message.id}`), { text: area.value })).json();
-    one.replaceWith(card(now));
-    $(`message-${now.id}`).querySelector("button").focus();
+    const renewed = card(now);
+    one.replaceWith(renewed);
+    renewed.querySelector("button").focus();
     say("Corrected. The old text is erased everywhere.");
   });
   const box = make("form", { onsubmit: save, onkeydown: (event) => { if (event.key === "Escape") shut(); } }, area,
     make("div", { className: "row" }, make("button", { type: "button", className: "quiet", textContent: "Cancel", onclick: shut }),
       make("button", { className: "primary", textContent: "Save" })));
-  const held = [one.querySelector(".text"), one.querySelector(".acts")];
-  held[1].remove();
-  held[0].replaceWith(box);
+  const [text, acts] = [one.querySelector(".text"), one.querySelector(".acts")];
+  acts.hidden = true;
+  text.replaceWith(box);
   area.focus();
 }
 
@@ -202,113 +203,13 @@ async function search() {
   $("empty").textContent = "Try other words, or search the whole space.";
 }
 
-// Erasing: what, a preview, the deed, the receipt.
-
-let doomed = null;
-function openErase(message = null) {
-  const choices = [];
-  if (message) choices.push(["This message", { ids: [message.id] }, false]);
-  if (message?.person) {
-    choices.push([`Everything by ${message.person} in this space`, { person: message.person }, false]);
-    choices.push([`Everything by ${message.person} in every space`, { person: message.person }, true]);
-  }
-  if (!message && at.found) choices.push([`The ${many(new Set(at.found.hits.map((hit) => hit.chunk.message)).size, "message")} found`,
-    { ids: [...new Set(at.found.hits.map((hit) => hit.chunk.message))] }, false]);
-  if (!at.found) choices.push([`The whole conversation “${at.conversation}”`, { conversation: at.conversation }, false]);
-  if (!message) {
-    choices.push(["Everything by one person", "person", false], ["Everything of a period", "period", false], [`The whole space “${at.space}”`, {}, false]);
-  }
-  const person = make("input", { placeholder: "Person", "aria-label": "Person" });
-  const since = make("input", { type: "date", "aria-label": "From this day" });
-  const until = make("input", { type: "date", "aria-label": "To this day, included" });
-  const fields = { person: [person], period: [since, until] };
-  const group = make("fieldset", { className: "choices" }, make("legend", { textContent: "What shall be forgotten?" }),
-    ...choices.map(([words, which], number) => make("label", {}, make("input", { type: "radio", name: "what", value: number, checked: number === 0 }),
-      make("span", { textContent: words }), ...(typeof which === "string" ? fields[which] : []))));
-  group.addEventListener("input", () => { stale(); });
-  for (const field of [person, since, until]) field.addEventListener("focus", () => { field.closest("label").firstChild.checked = true; stale(); });
-  doomed = () => {
-    const [, which, everywhere] = choices[group.querySelector(":checked").value];
-    let rest = which;
-    if (which === "person") rest = { person: person.value.trim() };
-    if (which === "person" && !rest.person) throw new Error("Say whose messages.");
-    if (which === "period") {
-      rest = {};
-      if (since.value) rest.since = new Date(`${since.value}T00:00:00`).getTime() / 1000;
-      if (until.value) rest.until = new Date(`${until.value}T23:59:59.999`).getTime() / 1000;
-      if (!since.value && !until.value) throw new Error("Say from or to which day.");
-    }
-    return [everywhere ? "/v1/forget" : inSpace("forget"), rest];
-  };
-  $("erase-what").replaceChildren(group);
-  $("erase-close").textContent = "Cancel";
-  stale();
-  $("erase").showModal();
-  group.querySelector(":checked").focus();
-}
-
-function stale() {
-  $("erase-seen").replaceChildren();
-  $("erase-said").textContent = "";
-  $("erase-go").hidden = true;
-  $("erase-look").hidden = false;
-}
-
-const complained = (work) => async (event) => {
-  event.preventDefault();
-  try { await work(); } catch (error) { $("erase-said").textContent = error.message; }
-};
-
-function tally(counts) {
-  const shown = Object.entries(counts).filter(([, value]) => typeof value === "number" && Number.isInteger(value));
-  return make("div", { className: "tally" }, ...shown.map(([name, value]) => make("span", {}, make("b", { textContent: value.toLocaleString("en") }), name.replaceAll("_", " "))));
-}
-
-let agreed = null;
-async function look() {
-  stale();
-  const [path, which] = doomed();
-  const seen = await post(`${path}/preview`, which);
-  agreed = [path, { ...seen.selection, confirm: seen.confirm }];
-  const { examples = [], counts = {}, ...rest } = seen.preview;
-  const quotes = examples.slice(0, 5).map((one) => make("blockquote", { textContent: typeof one === "string" ? one : one.text }));
-  $("erase-seen").replaceChildren(make("div", { className: "seen" }, make("b", { textContent: "This would go, and everything that was made of it:" }), tally({ ...rest, ...counts }), ...quotes));
-  const any = (rest.messages ?? counts.messages ?? 1) > 0;
-  $("erase-go").hidden = !any;
-  $("erase-look").hidden = any;
-  if (any) $("erase-go").focus();
-  else $("erase-said").textContent = "There is no such message.";
-}
-
-async function erase() {
-  $("erase-go").disabled = true;
-  try {
-    const receipt = await post(...agreed);
-    $("erase-what").replaceChildren();
-    const save = make("button", { type: "button", className: "primary", textContent: "Save the receipt", onclick: () => download("receipt.json", JSON.stringify(receipt, null, 1) + "\n") });
-    const sealed = receipt.signature ? "It is signed." : "It is not signed: there is no local key.";
-    $("erase-seen").replaceChildren(make("div", { className: "seen done" }, make("b", { textContent: "Erased." }), tally(receipt.counts ?? {}),
-      make("p", { className: "soft", textContent: `The receipt holds counts and hashes, no words. ${sealed}` }), save));
-    $("erase-go").hidden = true;
-    $("erase-close").textContent = "Close";
-    save.focus();
-    const spaces = await get("/v1/spaces");
-    if (!spaces.some((one) => one.name === at.space)) at.space = spaces[0]?.name ?? "default";
-    showSpaces(spaces);
-    $("space").value = at.space;
-    await (at.found ? search() : refresh());
-  } finally {
-    $("erase-go").disabled = false;
-  }
-}
-
 function download(name, content) {
   const link = make("a", { href: URL.createObjectURL(new Blob([content])), download: name });
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 1000);
 }
 
-// Facts, prompt, receipts.
+// Facts and prompt.
 
 function showFacts(facts) {
   $("fact-count").textContent = facts.length || "";
@@ -325,15 +226,6 @@ async function compose() {
   const made = await post(inSpace("prompt"), { user, conversation: at.conversation, preview: true });
   $("prompt").replaceChildren(make("p", { className: "meter", textContent: `${many(made.tokens, "token")} · ${many(made.chunk_ids.length, "memory", "memories")} used` }),
     ...Object.entries(made.parts).map(([name, content]) => make("div", { className: "part" }, make("h2", { textContent: PARTS[name] ?? name }), make("p", { textContent: content }))));
-}
-
-async function checkReceipt() {
-  const file = $("receipt").files[0];
-  if (!file) return;
-  let receipt;
-  try { receipt = JSON.parse(await file.text()); } catch { throw new Error("This file is no JSON."); }
-  const found = await post("/v1/receipts/verify", { receipt });
-  $("checks").replaceChildren(...found.map((one) => make("li", { className: one.holds ? "yes" : "no" }, make("b", { textContent: `${one.holds ? "✓" : "✗"} ${one.what}: ` }), one.words)));
 }
 
 function show(name) {
@@ -367,11 +259,6 @@ $("search").addEventListener("submit", tried(search));
 $("query").addEventListener("search", tried(async () => { if (!$("query").value && at.found) await refresh(); }));
 $("earlier").addEventListener("click", tried(earlier));
 $("export").addEventListener("click", tried(async () => download(`${at.conversation}.jsonl`, await (await ask("GET", inSpace(`export?${query({ conversation: at.conversation })}`))).blob())));
-$("erase-some").addEventListener("click", () => openErase());
-$("erase-look").addEventListener("click", complained(look));
-$("erase-go").addEventListener("click", complained(erase));
-$("erase-form").addEventListener("submit", complained(async () => ($("erase-go").hidden ? look() : undefined)));
-$("erase-close").addEventListener("click", () => $("erase").close());
 $("add").addEventListener("submit", tried(async () => {
   if (!$("add-text").value.trim()) return $("add-text").focus();
   const made = await post(inSpace("messages"), { text: $("add-text").value, role: $("add-role").value, person: $("add-person").value.trim() || null, conversation: at.conversation });
@@ -387,7 +274,6 @@ $("add-fact").addEventListener("submit", tried(async () => {
   await refresh();
 }));
 $("compose").addEventListener("submit", tried(compose));
-$("receipt").addEventListener("change", tried(checkReceipt));
 for (const tab of document.querySelectorAll("[role=tab]")) tab.addEventListener("click", () => show(tab.id.slice(4)));
 document.addEventListener("keydown", onKeys);
 show("messages");

@@ -1,6 +1,6 @@
 """What may be asked of the server over HTTP: the bodies of requests, each with its limits, so that nothing odd gets past the door.
 
-Text is kept as it comes; refused are only what no store can hold (lone surrogates) and what no reader can (numbers that are none, endless nesting).
+Text is kept as it comes; refused are only what no store can hold (lone surrogates, NUL) and what no reader can (numbers that are none, endless nesting).
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def writable(text: str) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("holds half a character (a lone surrogate)") from None
+    if "\0" in text:
+        raise ValueError("holds a NUL character")
     return text
 
 

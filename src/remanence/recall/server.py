@@ -13,8 +13,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import secrets
+import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,7 +32,7 @@ from remanence.recall import endpoints
 from remanence.recall.access import Guard, Keys, loopback, refusal
 from remanence.recall.service import Recall
 
-PAGE = {"/": ("page.html", "text/html"), "/page.css": ("page.css", "text/css"), "/page.js": ("page.js", "text/javascript")}
+PAGE = {"/": "text/html", "/page.css": "text/css", "/page.js": "text/javascript", "/page_erase.js": "text/javascript"}
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,8 @@ def make_app(
     app.include_router(endpoints.router)
     for extra in routers:
         app.include_router(extra)
-    for path, (name, kind) in PAGE.items():
-        app.add_api_route(path, _file(name, kind), include_in_schema=False)
+    for path, kind in PAGE.items():
+        app.add_api_route(path, _file(path[1:] or "page.html", kind), include_in_schema=False)
     app.add_api_route("/health", health, tags=["server"])
     for prefix, mounted in mounts.items():
         app.mount(prefix, mounted)
@@ -178,10 +180,25 @@ def serve(
         app = make_app(recall, settings, routers=routers, mounts=mounts)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         config = uvicorn.Config(app, access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=settings.patience)
-        uvicorn.Server(config).run(sockets=[listener])
+        with _ending_here():
+            uvicorn.Server(config).run(sockets=[listener])
     finally:
         listener.close()
         recall.close()
+
+
+@contextlib.contextmanager
+def _ending_here() -> Iterator[None]:
+    """Keep SIGTERM and SIGINT, which the HTTP server raises once more when it is done, from ending the process before the memory is closed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in held.items():
+            signal.signal(number, handler)
 
 
 def _listen(host: str, port: int) -> socket.socket:

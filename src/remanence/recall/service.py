@@ -20,7 +20,7 @@ from remanence.errors import Mistake, nearest
 from remanence.recall import transfer
 from remanence.recall.compose import compose
 from remanence.recall.gist import Compact
-from remanence.recall.items import DEFAULT, Fact, Gist, Hit, Message, NewMessage, Prompt, Selection
+from remanence.recall.items import DEFAULT, Chunk, Fact, Gist, Hit, Message, NewMessage, Prompt, Selection
 from remanence.recall.protocols import Embedder, Retriever, Store, Summarizer, Tokenizer
 from remanence.recall.retrieval import load_retriever
 from remanence.recall.settings import HemaSettings
@@ -186,7 +186,7 @@ class Recall:
         )
         if used and prompt.chunk_ids:
             now = current.turn if current is not None else self.store.last_turn(space, conversation) + 1
-            self._touch(prompt, space, conversation, now)
+            self._touch([hit.chunk for hit in hits if hit.chunk.id in prompt.chunk_ids], conversation, now)
         return prompt
 
     def _retrieved(
@@ -200,14 +200,14 @@ class Recall:
         fresh = (hit for hit in pool if hit.chunk.message not in there and not _is_in(hit.chunk.text, seen))
         return list(islice(fresh, min(self.settings.pool, self.settings.top_k)))
 
-    def _touch(self, prompt: Prompt, space: str, conversation: str, now: int) -> None:
-        """Note that chunks entered a prompt, each at the turn at which its own conversation is."""
+    def _touch(self, chunks: Sequence[Chunk], conversation: str, now: int) -> None:
+        """Note that chunks of a space entered a prompt, each at the turn at which its own conversation is."""
         places: dict[str, list[int]] = {}
-        for chunk in self.store.chunks(prompt.chunk_ids):
+        for chunk in chunks:
             places.setdefault(chunk.conversation, []).append(chunk.id)
         with self.store.transaction():
             for name, ids in places.items():
-                self.store.touch(ids, now if name == conversation else self.store.last_turn(space, name))
+                self.store.touch(ids, now if name == conversation else self.store.last_turn(chunks[0].space, name))
 
     def edit(self, message_id: int, text: str) -> Message:
         """Give a message another text; the old one is erased everywhere, gists included."""

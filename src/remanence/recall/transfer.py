@@ -37,8 +37,12 @@ def lines_of(recall: Recall, selection: Selection) -> Iterator[dict[str, Any]]:
         after = page[-1].id
     if selection == Selection(selection.space, selection.conversation):
         for space in recall.store.spaces() if selection.space is None else [selection.space]:
-            for fact in recall.store.facts(space, selection.conversation):
-                yield {"fact": {"space": space, "conversation": fact.conversation, "text": fact.text, "pinned": fact.pinned}}
+            for fact in recall.store.facts(space):
+                if selection.conversation is None or fact.conversation in (
+                    None,
+                    selection.conversation,
+                ):  # those without one are in every prompt
+                    yield {"fact": {"space": space, "conversation": fact.conversation, "text": fact.text, "pinned": fact.pinned}}
 
 
 def export(recall: Recall, path: Path, selection: Selection) -> int:
