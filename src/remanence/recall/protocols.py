@@ -61,6 +61,10 @@ class Retriever(Protocol):
         """Return at most `k` hits, best first; ties by the higher (younger) chunk id."""
         ...
 
+    def refresh(self) -> None:
+        """Let go now of whatever the store no longer has: what is kept in memory, and every file that was made of it."""
+        ...
+
 
 class Store(Protocol):
     """The only source of truth: text, vectors, lineage, audit log. Every writing method is one transaction, or joins the one that is open.
@@ -69,6 +73,7 @@ class Store(Protocol):
     writer is refused at opening. All methods may be called from several threads.
     """
 
+    id: str  # of this store, made with it
     embedder: str
     dim: int
 
