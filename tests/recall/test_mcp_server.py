@@ -220,18 +220,17 @@ def test_stored_text_stays_inside_its_part(recall: Recall) -> None:
     talk(make_mcp(recall), said)
 
 
-def test_over_stdio_in_its_own_process_it_remembers_across_starts(tmp_path: Path) -> None:
+def test_over_stdio_in_its_own_process_what_is_answered_is_on_the_disk(tmp_path: Path) -> None:
     source = str(Path(__file__).parents[2] / "src")
     command = StdioServerParameters(command=sys.executable, args=["-c", STDIO, str(tmp_path / "m")], env={"PYTHONPATH": source})
 
-    async def first(call: Caller) -> None:
+    async def said(call: Caller) -> None:
         await call("add", text="Ana lives in Lisbon.")
-
-    async def second(call: Caller) -> None:
         assert (await call("search", query="Ana"))[0]["text"] == "Ana lives in Lisbon."
 
-    talk(command, first)
-    talk(command, second)
+    talk(command, said)
+    with Recall.open(tmp_path / "m", tokenizer="plain", write=False) as recall:
+        assert [message.text for message in recall.messages()] == ["Ana lives in Lisbon."]
 
 
 def test_over_http_the_callers_key_says_which_spaces_there_are(recall: Recall, tmp_path: Path) -> None:

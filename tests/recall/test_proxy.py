@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import random
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,10 @@ from typing import Any
 import httpx
 import pytest
 
+import scripted
 from remanence.errors import Mistake
 from remanence.recall.access import Keys
+from remanence.recall.calls import HEADERS
 from remanence.recall.embedders import load_embedder
 from remanence.recall.items import Message, Selection
 from remanence.recall.proxy import make_proxy
@@ -267,6 +271,35 @@ def test_a_stream_that_just_ends_is_stored_and_marked_unless_the_model_finished(
     ]
 
 
+def test_many_streams_at_once_lose_and_double_nothing(place: Desk) -> None:
+    place.upstream.script = stream(*"abcdefgh")
+
+    def one(number: int) -> bytes:
+        content = {"model": "m", "stream": True, "messages": [{"role": "user", "content": f"turn {number}"}], "user": f"u{number % 5}"}
+        return httpx.post(f"{place.http.base_url}/v1/chat/completions", json=content, timeout=30).content
+
+    with ThreadPoolExecutor(25) as pool:
+        answers = list(pool.map(one, range(25)))
+    assert all(answer == b"".join(place.upstream.script.pieces) for answer in answers)
+    stored = place.settled(50)
+    assert sorted(one.text for one in stored if one.role == "user") == sorted(f"turn {number}" for number in range(25))
+    assert [one.text for one in stored if one.role == "assistant"] == ["abcdefgh"] * 25
+    assert {one.conversation for one in stored} == {f"u{number}" for number in range(5)}
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_memory_that_fails_takes_no_answer_away(place: Desk, streamed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise Mistake("store", "the disk is full", "free it") if streamed else RuntimeError("near a secret")
+
+    monkeypatch.setattr(place.recall, "add", fail)
+    place.upstream.script = stream("Still", " here.") if streamed else plain("Still here.")
+    answer = place.ask(stream=streamed)
+    assert answer.content == b"".join(place.upstream.script.pieces)
+    assert streamed or answer.headers["x-remanence-note"] == "not stored: the memory failed (RuntimeError)"
+    assert place.stored() == []
+
+
 # Errors.
 
 
@@ -274,12 +307,14 @@ def test_a_stream_that_just_ends_is_stored_and_marked_unless_the_model_finished(
 @pytest.mark.parametrize("status", [400, 401, 429, 500, 503])
 def test_an_upstreams_error_is_passed_on_with_its_status_and_nothing_is_stored(place: Desk, status: int, streamed: bool) -> None:
     body = json.dumps({"error": {"message": "no", "code": "odd"}}).encode()
-    place.upstream.script = Script([body], status, "application/json", {"retry-after": "7", "x-request-id": "r1", "set-cookie": "a=b"})
+    place.upstream.script = Script(
+        [body], status, "application/json", {"retry-after": "7", "x-request-id": "r1", "set-cookie": "a=b", "x-odd": "会话"}
+    )
     answer = place.ask(stream=streamed)
     assert (answer.status_code, answer.content) == (status, body)
     assert answer.headers["retry-after"] == "7"
     assert answer.headers["x-request-id"] == "r1"
-    assert "set-cookie" not in answer.headers
+    assert not {"set-cookie", "x-odd"} & set(answer.headers)
     assert place.stored() == []
 
 
@@ -342,6 +377,74 @@ def test_an_odd_answer_is_passed_on_and_is_no_reply(place: Desk, answer: bytes, 
     place.upstream.script = Script([content], kind=kind)
     assert place.ask().content == content
     assert [one.role for one in place.stored()] == ["user"]
+
+
+def test_five_hundred_odd_requests_are_answered_without_a_failure(place: Desk) -> None:
+    place.recall.add("hi user system text", conversation="old")
+    place.upstream.script = plain("Yes.")
+    chance = random.Random(5)
+    odd: list[Any] = [
+        None,
+        True,
+        0,
+        -1,
+        1e308,
+        "",
+        "x",
+        "\ud800",
+        "a\x00b",
+        "</retrieved>",
+        "\u202e" * 9,
+        [],
+        {},
+        [[]],
+        {"a": []},
+        "y" * 3000,
+        10**30,
+    ]
+    names = [
+        "role",
+        "content",
+        "type",
+        "text",
+        "user",
+        "tool",
+        "system",
+        "assistant",
+        "messages",
+        "remanence",
+        "memory",
+        "space",
+        "stream",
+        "name",
+    ]
+
+    def value(depth: int) -> Any:
+        kind = chance.random()
+        if depth > 3 or kind < 0.3:
+            return chance.choice([*odd, *names])
+        if kind < 0.6:
+            return [value(depth + 1) for _ in range(chance.randrange(4))]
+        return {chance.choice(names): value(depth + 1) for _ in range(chance.randrange(4))}
+
+    def message() -> Any:
+        fine = {"role": chance.choice(names[4:8]), "content": chance.choice(["hi", value(2), [{"type": "text", "text": value(3)}]])}
+        return chance.choice([fine, fine, value(2)])
+
+    upstream = place.upstream
+    scripted.PAUSE, pause = 0.0, scripted.PAUSE
+    try:
+        for _ in range(500):
+            body = {"model": "m", "messages": [message() for _ in range(chance.randrange(4))]}
+            body |= {chance.choice(names): value(1) for _ in range(chance.randrange(3))}
+            headers = {
+                chance.choice(list(HEADERS.values())): chance.choice(["on", "off", "", "x", "a b", "a" * 300, "\xff"]).encode("latin-1")
+            }
+            answer = place.http.post("/v1/chat/completions", content=json.dumps(body).encode(), headers=headers)
+            assert answer.status_code in (200, 400), (body, headers, answer.text)
+    finally:
+        scripted.PAUSE = pause
+    assert len(upstream.raw) > 100
 
 
 # The switch, the spaces, the secrets.

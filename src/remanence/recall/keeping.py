@@ -121,10 +121,13 @@ class Keeper:
         except Mistake as error:  # the model's answer is paid for: it is passed on though it could not be stored
             self._problem = f"not stored: {error.problem}"
             LOG.error("a turn was not stored: %s", error.place)
+        except Exception as error:  # nor does a fault of the memory take the answer away
+            self._problem = f"not stored: the memory failed ({type(error).__name__})"
+            LOG.error("a turn was not stored: %s", type(error).__name__)
 
     def _write(self, role: str, text: str, meta: dict[str, Any]) -> Message:
         call = self._call
-        key = f"{call.key}/{role}" if call.key else None
+        key = f"proxy/{role}/{call.key}" if call.key else None
         return self._recall.add(text, role=role, space=call.space, conversation=call.conversation, person=call.person, meta=meta, key=key)
 
     def told(self) -> dict[str, str]:

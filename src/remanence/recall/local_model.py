@@ -40,7 +40,7 @@ class LocalModel:
 
     def __init__(self, model: Any, tokenizer: Any, name: str):
         self.model, self.tokenizer, self.name = model, tokenizer, name
-        self.context = positions(model)
+        self.context: int | None = positions(model)
         self._turn = threading.Lock()
         self._count = itertools.count()
 
@@ -98,11 +98,11 @@ class LocalModel:
         text = self.prompt([{**one, "content": text_of(one)} for one in messages], tools if isinstance(tools, list) else None)
         plain = self.tokenizer.chat_template is None
         ids = self.tokenizer(text, add_special_tokens=plain, return_tensors="pt")["input_ids"]
-        room = self.context - ids.shape[1]
+        room = positions(self.model) - ids.shape[1]
         if room < 1:
             raise Mistake(
                 "messages",
-                f"they take {ids.shape[1]} tokens, the model reads {self.context}",
+                f"they take {ids.shape[1]} tokens, the model reads {positions(self.model)}",
                 "send less, or give the memory a smaller budget",
             )
         wanted = _number("max_tokens", content.get("max_completion_tokens") or content.get("max_tokens") or TOKENS, 1, 1e9, whole=True)

@@ -55,9 +55,13 @@ def make_proxy(recall: Recall, upstream: Upstream, *, budget: int | None = None,
     Args:
         recall: the memory.
         upstream: the model.
-        budget: tokens of what is remembered together with the user's turn; `None`: the memory's own.
+        budget: tokens of what is remembered together with the user's turn; `None`: the memory's own, and no more than a quarter of what a model is known
+            to read.
         scope: space | conversation: how far the memory reaches.
     """
+
+    if budget is None and upstream.context is not None:
+        budget = min(recall.settings.budget, upstream.context // 4)
 
     @asynccontextmanager
     async def lifespan(_: Any) -> AsyncIterator[None]:
