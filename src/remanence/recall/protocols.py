@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -138,6 +139,13 @@ class Store(Protocol):
 
     def version(self, space: str) -> int:
         """Return a number that grows with every change of the space's chunks: the stamp of whatever is cached of it."""
+        ...
+
+    def cache(self, space: str) -> Path | None:
+        """Return a folder for disposable files made of a space's vectors, or `None`: a sealed space has none, nor has a store that is not files.
+
+        They are gone when a removal of chunks is committed, and after `scrub`.
+        """
         ...
 
     def lexical(self, query: str, k: int, selection: Selection) -> list[tuple[int, float]]:
