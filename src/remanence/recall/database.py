@@ -60,14 +60,14 @@ class WordIndex(Protocol):
         """Remove the index of a space."""
         ...
 
-    def add(self, space: int, chunk: int, text: str) -> None:
-        """Index a chunk."""
+    def add(self, space: int, chunk: int, said: Sequence[str]) -> None:
+        """Index the words of a chunk."""
         ...
 
-    def remove(self, space: int, chunk: int, text: str) -> None:
-        """Forget a chunk; `text` is what was given to `add`."""
+    def remove(self, space: int, chunk: int, said: Sequence[str]) -> None:
+        """Forget a chunk; `said` is what was given to `add`."""
         ...
 
-    def search(self, space: int, asked: Sequence[str], k: int, where: str | None, values: Sequence[Any]) -> list[tuple[int, float]]:
-        """Return (chunk, BM25 score) of chunks with any of the words, best first; `where`: of the messages `m` in conversations `v` alone."""
+    def search(self, space: int, sought: Sequence[str], k: int, among: np.ndarray | None) -> list[tuple[int, float]]:
+        """Return (chunk, BM25 score) of chunks with any of the words, best first; `among`: of these chunks alone."""
         ...

@@ -1,4 +1,4 @@
-"""SQLite behind a store: connections, transactions, sentences for its errors, and FTS5 as the index of words.
+"""SQLite behind a store: connections, transactions, sentences for its errors.
 
 One connection writes, behind a lock; every thread reads through its own, so readers never wait for a writer. WAL, and synced at every commit: what was
 acknowledged is there after a power cut. Freed bytes are overwritten (`secure_delete`).
@@ -12,13 +12,12 @@ import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from remanence.errors import Mistake
 from remanence.recall.database import Ids
-from remanence.recall.words import words
 
 PATIENCE = 10.0  # seconds
 LARGE = 256 * 2**20  # bytes: a larger file is not copied in memory
@@ -214,44 +213,3 @@ class SqliteDatabase:
             self.closed = True
             for base in list(self._connections):
                 base.close()
-
-
-class Fts:
-    """FTS5 as the index of words: one table per space, so that no space's words weigh in another's ranking; it keeps no text.
-
-    What goes in are the words that `words` finds, so that the index on disk and BM25 in memory agree on what a word is.
-    """
-
-    def __init__(self, database: SqliteDatabase):
-        self._database = database
-
-    def make(self, space: int) -> None:
-        """Make the index of a space."""
-        self._database.do(f"CREATE VIRTUAL TABLE words_{space} USING fts5(text, content='')")
-
-    def drop(self, space: int) -> None:
-        """Remove the index of a space."""
-        self._database.do(f"DROP TABLE words_{space}")
-
-    def add(self, space: int, chunk: int, text: str) -> None:
-        """Index a chunk."""
-        self._database.do(f"INSERT INTO words_{space}(rowid, text) VALUES(?, ?)", chunk, " ".join(words(text)))
-
-    def remove(self, space: int, chunk: int, text: str) -> None:
-        """Forget a chunk; `text` is what was given to `add`."""
-        statement = f"INSERT INTO words_{space}(words_{space}, rowid, text) VALUES('delete', ?, ?)"
-        self._database.do(statement, chunk, " ".join(words(text)))
-
-    def search(self, space: int, asked: Sequence[str], k: int, where: str | None, values: Sequence[Any]) -> list[tuple[int, float]]:
-        """Return (chunk, BM25 score) of chunks with any of the words, best first; `where`: of the messages `m` in conversations `v` alone."""
-        table, match = f"words_{space}", " OR ".join(f'"{word}"' for word in asked)
-        joined = "JOIN chunks c ON c.id = w.rowid JOIN messages m ON m.id = c.message JOIN conversations v ON v.id = m.conversation"
-        question = (
-            f"SELECT w.rowid, -bm25({table}) FROM {table} w {joined if where else ''} WHERE {table} MATCH ? {f'AND {where}' if where else ''} "
-            f"ORDER BY bm25({table}), w.rowid DESC LIMIT ?"
-        )
-        return self._database.all(question, match, *(values if where else ()), k)
-
-    def purge(self, space: int) -> None:
-        """Merge the index into one piece: words of removed chunks stay in older pieces until then."""
-        self._database.do(f"INSERT INTO words_{space}(words_{space}) VALUES('optimize')")

@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from remanence.errors import Mistake, nearest
+from remanence.recall.fts import Fts
 from remanence.recall.lock import Lock
 from remanence.recall.rows import PRECISIONS
 from remanence.recall.schema import FORMAT, tables
 from remanence.recall.sql_store import SqlStore
-from remanence.recall.sqlite_database import Fts, SqliteDatabase
+from remanence.recall.sqlite_database import SqliteDatabase
 
 FILE = "recall.sqlite"
 LOCK = "lock"
