@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Int64
 
 Ids = Sequence[int] | np.ndarray
 
@@ -22,6 +23,10 @@ class Database(Protocol):
 
     def one(self, question: str, *values: Any) -> Any:
         """Return the first column of the first row, `None` where there is no row."""
+        ...
+
+    def numbers(self, question: str, *values: Any) -> Int64[np.ndarray, "N"]:
+        """Return the numbers of a question's one column, which it names `n`, sorted."""
         ...
 
     def do(self, statement: str, *values: Any) -> list[Any]:

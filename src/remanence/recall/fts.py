@@ -50,9 +50,9 @@ class Fts:
         ids, sizes = self._sizes(space)
         postings = []
         for word in sought if len(ids) else ():
-            listed = self._database.one(f"SELECT group_concat(doc) FROM postings_{space} WHERE term = ?", word)
-            if listed:
-                found, counts = np.unique(np.fromstring(listed, dtype=np.int64, sep=","), return_counts=True)
+            listed = self._database.numbers(f"SELECT doc AS n FROM postings_{space} WHERE term = ?", word)
+            if len(listed):
+                found, counts = np.unique(listed, return_counts=True)
                 rows = np.minimum(np.searchsorted(ids, found), len(ids) - 1)
                 there = ids[rows] == found  # another thread may have added some meanwhile
                 postings.append((rows[there], counts[there]))

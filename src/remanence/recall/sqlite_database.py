@@ -16,6 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int64
+
 from remanence.errors import Mistake
 from remanence.recall.database import Ids
 
@@ -60,6 +63,8 @@ class SqliteDatabase:
     def told(self, error: Exception) -> Mistake:
         """Return the sentence for what SQLite reported."""
         said = str(error)
+        if self.closed:
+            return Mistake(self.place, "the store is closed", "open it again")
         if isinstance(error, OverflowError):
             return Mistake(self.place, "a number is too large to be stored or sought", "give one below 2^63")
         if any(words in said for words in ("disk is full", "disk I/O", "unable to open", "out of memory")):
@@ -68,18 +73,9 @@ class SqliteDatabase:
             return Mistake(self.place, "is held by another program", "wait for it, or stop it")
         if "readonly" in said or "read-only" in said:
             return Mistake(self.place, f"cannot be written ({said})", "check its permissions")
+        if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
+            return Mistake(self.place, f"refused ({said})", "nothing of this write was stored; report this")
         return Mistake(self._file, f"is damaged ({said})", "restore it from a backup")
-
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.ProgrammingError as error:
-            if self.closed:
-                raise Mistake(self.place, "the store is closed", "open it again") from error
-            raise
-        except (sqlite3.OperationalError, sqlite3.DatabaseError, OverflowError) as error:
-            raise self.told(error) from error
 
     def _base(self) -> _Connection:
         """Return this thread's connection: the writer's inside its transaction, else its own."""
@@ -94,23 +90,34 @@ class SqliteDatabase:
 
     def all(self, question: str, *values: Any) -> list[Any]:
         """Return the rows of a question; inside this thread's transaction it sees what that wrote."""
-        with self._telling():
+        try:
             return self._base().execute(question, values).fetchall()
+        except (sqlite3.Error, OverflowError) as error:
+            raise self.told(error) from error
 
     def one(self, question: str, *values: Any) -> Any:
         """Return the first column of the first row, `None` where there is no row."""
         found = self.all(question, *values)
         return found[0][0] if found else None
 
+    def numbers(self, question: str, *values: Any) -> Int64[np.ndarray, "N"]:
+        """Return the numbers of a question's one column, which it names `n`, sorted; as one string: ten times as fast as row by row."""
+        listed = self.one(f"SELECT group_concat(n) FROM ({question})", *values)
+        return np.sort(np.fromstring(listed, dtype=np.int64, sep=",")) if listed else np.empty(0, np.int64)
+
     def do(self, statement: str, *values: Any) -> list[Any]:
         """Write; return the rows that `RETURNING` names."""
-        with self._telling():
+        try:
             return self._writer.execute(statement, values).fetchall()
+        except (sqlite3.Error, OverflowError) as error:
+            raise self.told(error) from error
 
     def count(self, statement: str, *values: Any) -> int:
         """Write; return how many rows were changed."""
-        with self._telling():
+        try:
             return self._writer.execute(statement, values).rowcount
+        except (sqlite3.Error, OverflowError) as error:
+            raise self.told(error) from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:

@@ -221,20 +221,18 @@ class Turns:
         return found if limit is None else found[max(len(found) - limit, 0) :] if newest else found[:limit]
 
     def _numbers(self, question: str, selection: Selection) -> Int64[np.ndarray, "N"]:
-        found = [row[0] for _, where, values in self.scopes(selection) for row in self._database.all(f"{question} WHERE {where}", *values)]
-        return np.sort(np.array(found, dtype=np.int64))
+        found = [self._database.numbers(f"{question} WHERE {where}", *values) for _, where, values in self.scopes(selection)]
+        return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
 
     def ids(self, selection: Selection) -> Int64[np.ndarray, "N"]:
         """Return the ids of the selected messages, sorted."""
-        return self._numbers(f"SELECT m.id {FROM}", selection)
+        return self._numbers(f"SELECT m.id AS n {FROM}", selection)
 
     def chunk_ids(self, selection: Selection) -> Int64[np.ndarray, "N"]:
         """Return the ids of the chunks of the selected messages, sorted."""
-        if selection == Selection(space=selection.space) and selection.space is not None:
-            held = self._spaces.named(selection.space)
-            rows = self._database.all("SELECT id FROM chunks WHERE space = ? ORDER BY id", held.id)
-            return np.fromiter((row[0] for row in rows), np.int64, len(rows))
-        return self._numbers(f"SELECT c.id {FROM} JOIN chunks c ON c.message = m.id", selection)
+        if selection.space is not None and selection == Selection(space=selection.space):
+            return self._database.numbers("SELECT id AS n FROM chunks WHERE space = ?", self._spaces.named(selection.space).id)
+        return self._numbers(f"SELECT c.id AS n {FROM} JOIN chunks c ON c.message = m.id", selection)
 
     def chunks(self, ids: Ids) -> list[Chunk]:
         """Return chunks in the order asked; ids that are gone are left out."""
