@@ -16,7 +16,7 @@ from remanence.recall.derived import Derived
 from remanence.recall.items import Chunk, Fact, Gist, Message, NewChunk, NewMessage, Selection
 from remanence.recall.sealing import keys_folder
 from remanence.recall.spaces import Spaces
-from remanence.recall.turns import Turns
+from remanence.recall.message_rows import Turns
 
 
 class SqlStore:
