@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,9 @@ from remanence.recall import audit
 from remanence.recall.database import Database, Ids, WordIndex
 from remanence.recall.derived import Derived
 from remanence.recall.items import Chunk, Fact, Gist, Message, NewChunk, NewMessage, Selection
+from remanence.recall.message_rows import Turns
 from remanence.recall.sealing import keys_folder
 from remanence.recall.spaces import Spaces
-from remanence.recall.message_rows import Turns
 
 
 class SqlStore:
@@ -111,6 +112,10 @@ class SqlStore:
     ) -> Iterator[tuple[Int64[np.ndarray, "N"], Float32[np.ndarray, "N D"]]]:
         """Yield ids and vectors of a space by id, from the first id above `above`, in blocks."""
         return self._turns.vectors(space, above=above, block=block)
+
+    def cache(self, space: str) -> Path | None:
+        """Return a folder for disposable files made of a space's vectors, or `None`: a sealed space has none, nor has a store that is not files."""
+        return None
 
     def lexical(self, query: str, k: int, selection: Selection) -> list[tuple[int, float]]:
         """Return (chunk id, BM25 score, higher is better) of at most `k` chunks with any of the query's words."""

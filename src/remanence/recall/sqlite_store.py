@@ -13,11 +13,15 @@ again changes no result.
 from __future__ import annotations
 
 import secrets
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from remanence.errors import Mistake, nearest
+from remanence.recall.database import Ids
 from remanence.recall.fts import Fts
+from remanence.recall.items import Message, NewChunk
 from remanence.recall.lock import Lock
 from remanence.recall.rows import PRECISIONS
 from remanence.recall.schema import FORMAT, tables
@@ -26,6 +30,7 @@ from remanence.recall.sqlite_database import SqliteDatabase
 
 FILE = "recall.sqlite"
 LOCK = "lock"
+CACHES = "vectors"
 
 
 class SqliteStore(SqlStore):
@@ -77,14 +82,53 @@ class SqliteStore(SqlStore):
                 self._lock.release()
             raise
 
+    def cache(self, space: str) -> Path | None:
+        """Return a folder for disposable files made of a space's vectors, or `None` for a sealed space."""
+        return None if self._spaces.named(space).sealer is not None else self.path / CACHES
+
+    def drop_space(self, space: str) -> int:
+        """Remove a space with everything in it, and destroy its key; return the number of messages."""
+        with self.transaction():
+            self._drop_caches()
+            return super().drop_space(space)
+
+    def replace(self, message: int, text: str, chunks: Sequence[NewChunk], *, at: float) -> tuple[Message, list[int]]:
+        """Give a message another text and other chunks; the old ones are gone."""
+        with self.transaction():
+            self._drop_caches()
+            return super().replace(message, text, chunks, at=at)
+
+    def prune(self, ids: Ids) -> int:
+        """Remove chunks (vectors and index entries; the messages stay); return how many there were."""
+        with self.transaction():
+            self._drop_caches()
+            return super().prune(ids)
+
+    def delete(self, ids: Ids) -> Mapping[str, int]:
+        """Remove messages with their chunks, vectors, index entries, keys, and the facts that drew on them; return counts by kind."""
+        with self.transaction():
+            self._drop_caches()
+            return super().delete(ids)
+
+    def _drop_caches(self) -> None:
+        """Remove every cache: they hold vectors of what is going; no one writes one inside a transaction of another thread."""
+        try:
+            if (self.path / CACHES).is_dir():
+                shutil.rmtree(self.path / CACHES)
+        except OSError as error:
+            raise Mistake(
+                self.path / CACHES, f"cannot be removed ({error.strerror})", "remove it, it holds vectors of what is to go"
+            ) from error
+
     def scrub_due(self) -> bool:
         """Return whether rows were deleted since the last scrub."""
         return self._spaces.due() is not None
 
     def scrub(self) -> None:
-        """Leave no trace of deleted rows in any file: full-text index rebuilt, free pages overwritten, log emptied and truncated."""
+        """Leave no trace of deleted rows in any file: caches gone, full-text index rebuilt, free pages overwritten, log emptied and truncated."""
         with self.transaction():
             due = self._spaces.due()
+            self._drop_caches()
             for (space,) in self._database.all("SELECT id FROM spaces WHERE sealed IS NULL"):
                 self._fts.purge(space)
         self._sqlite.compact()
