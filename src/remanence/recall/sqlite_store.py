@@ -20,12 +20,13 @@ from typing import Any
 
 from remanence.errors import Mistake, nearest
 from remanence.recall.database import Ids
+from remanence.recall.fts import Fts
 from remanence.recall.items import Message, NewChunk
 from remanence.recall.lock import Lock
 from remanence.recall.rows import PRECISIONS
 from remanence.recall.schema import FORMAT, tables
 from remanence.recall.sql_store import SqlStore
-from remanence.recall.sqlite_database import Fts, SqliteDatabase
+from remanence.recall.sqlite_database import SqliteDatabase
 
 FILE = "recall.sqlite"
 LOCK = "lock"
