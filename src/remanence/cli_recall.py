@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from remanence.errors import Mistake
+from remanence.storage import write_text
 
 if TYPE_CHECKING:
     from remanence.recall.items import Selection
@@ -106,9 +108,9 @@ def ask(
                 question, system=system, space=space, conversation=conversation or "default", budget=budget, scope=scope, used=False
             )
             if model:
-                from remanence.recall.answering import load_chat
+                from remanence.recall.answering import answer
 
-                print(load_chat(model)(made))
+                print(answer(made, model))
             else:
                 print(json.dumps(asdict(made), indent=1, ensure_ascii=False) if as_json else made.text)
             return
@@ -151,6 +153,8 @@ def show(
         raise Mistake("recall show", f"there is no '{what}' to show", nearest(what, shown))
     with _open(store, write=False) as memory:
         rows: list[dict[str, Any]]
+        columns: tuple[str, ...]
+        lines: list[tuple[str, ...]]
         if what == "messages":
             chosen = _selection(space, conversation, ids, person, role, since, until)
             rows = [asdict(message) for message in memory.messages(chosen, limit=limit, newest=True)]
@@ -241,7 +245,32 @@ def forget(
 
     Example: `remanence recall forget --person ada --every-space --yes --out receipt.json`
     """
-    raise NotImplementedError
+    from dataclasses import asdict
+
+    from remanence.recall.erasure import find
+
+    with _open(store, write=yes) as memory:
+        if fact:
+            _forget_facts(memory, space, fact, yes)
+            return
+        everything = whole_space and not every_space
+        chosen = _selection(None if every_space else space, conversation, ids, person, role, since, until)
+        if not everything and query is None and not any((ids, conversation, person, role, since, until)):
+            raise Mistake(
+                "recall forget", "nothing says what is to go", "name --id, --conversation, --person, --since, --query or --whole-space"
+            )
+        if query is not None:
+            chosen = find(memory, chosen, query=query, k=k)
+        seen = memory.preview(chosen)
+        if not yes:
+            _show_preview(asdict(seen), as_json)
+            return
+        if not everything:
+            chosen = seen.selection  # exactly what a preview of this moment names
+        receipt = memory.forget(chosen, reason=reason)
+    place = out or _free("receipt-{}.json")
+    write_text(place, json.dumps(receipt, indent=1, ensure_ascii=False) + "\n")
+    print(json.dumps(receipt, indent=1, ensure_ascii=False) if as_json else _erased(receipt, place))
 
 
 @recall_app.command()
@@ -261,7 +290,7 @@ def verify(
 
     content = read_deletion(receipt)
     with _open(store, write=False) as memory:
-        found = check_deletion(content, store=memory.store, texts=texts, trusted=key)
+        found = check_deletion(content, memory, texts=texts, trusted=key)
     for what, holds, words in found:
         print(f"{'ok' if holds else 'FAILS'}  {what}: {words}")
     if not all(holds for _, holds, _ in found):
@@ -323,12 +352,10 @@ def serve(
 
     Your assistant then talks to `http://127.0.0.1:8765/v1` instead of its model. The key is made and shown at the first start.
     """
-    from dataclasses import replace
-
     missing = _serving()
     if missing:
         raise Mistake("recall serve", f"needs a package that is not installed ({missing})", "pip install 'remanence[serve]'")
-    from remanence.recall.mcp_server import make_mcp
+    from remanence.recall.mcp_server import mcp_app
     from remanence.recall.proxy import make_proxy
     from remanence.recall.server import ServerSettings
     from remanence.recall.server import serve as run
@@ -338,7 +365,7 @@ def serve(
     memory = _open(store, embedder=embedder, summarizer=summarizer)
     settings = ServerSettings(keys=None if open_to_all else _keys(store), rate=rate)
     routers = [make_proxy(memory, behind)] if behind is not None else []
-    run(memory, host, port, replace(settings), routers=routers, mounts={"/mcp": make_mcp(memory)}, network=network)
+    run(memory, host, port, settings, routers=routers, mounts={"/mcp": mcp_app(memory, network=network)}, network=network)
 
 
 @recall_app.command()
@@ -355,10 +382,9 @@ def mcp(
     missing = _serving()
     if missing:
         raise Mistake("recall mcp", f"needs a package that is not installed ({missing})", "pip install 'remanence[serve]'")
-    from remanence.recall.mcp_server import run_stdio
+    from remanence.recall.mcp_server import serve_stdio
 
-    with _open(store, embedder=embedder, summarizer=summarizer) as memory:
-        run_stdio(memory, space)
+    serve_stdio(_open(store, embedder=embedder, summarizer=summarizer), [space])
 
 
 @recall_app.command()
@@ -419,6 +445,61 @@ def _keys(store: str | None) -> Path:
     return place.with_name(place.name + ".keys.json")
 
 
+def _forget_facts(memory: Recall, space: str, numbers: list[int], yes: bool) -> None:
+    """Remove facts by number, or show which they are."""
+    chosen = [fact for fact in memory.facts(space) if fact.id in numbers]
+    missing = set(numbers) - {fact.id for fact in chosen}
+    if missing:
+        raise Mistake("--fact", f"there is no fact {min(missing)} in '{space}'", "look them up with `remanence recall show facts`")
+    if yes:
+        memory.store.remove_facts(numbers)
+        memory.store.scrub()
+        print(f"{len(chosen)} facts erased")
+    else:
+        _table(("fact", "text"), [(str(fact.id), fact.text) for fact in chosen])
+        print("Nothing is erased yet: say --yes.")
+
+
+def _show_preview(seen: Mapping[str, Any], as_json: bool) -> None:
+    """Print what an erasure would take."""
+    if as_json:
+        print(json.dumps(seen, indent=1, ensure_ascii=False))
+        return
+    print(
+        f"{seen['messages']:,} messages in {len(seen['conversations'])} conversations would go, with {seen['chunks']:,} pieces and vectors and"
+        f" {seen['facts']:,} facts; {seen['gists']:,} gists would be made anew."
+    )
+    examples = [
+        (str(m["id"]), m["space"], m["conversation"], _when(m["at"]), m["person"] or m["role"], m["text"]) for m in seen["examples"]
+    ]
+    _table(("message", "space", "conversation", "when", "who", "for example"), examples)
+    for what, words in (
+        ("echoes", "repeat a phrase of what would go"),
+        ("mentions", "name the person"),
+        ("fact_mentions", "name the person"),
+    ):
+        if seen[what]:
+            kind = "Facts" if what == "fact_mentions" else "Messages"
+            print(f"{kind} that would stay and {words}: {', '.join(map(str, seen[what]))}")
+    print("Nothing is erased yet: say --yes.")
+
+
+def _erased(receipt: Mapping[str, Any], place: Path) -> str:
+    """Return one line for an erasure that was done."""
+    counts = ", ".join(f"{value:,} {name}" for name, value in receipt["erased"].items() if value)
+    scan = receipt["scan"] or {"files": 0, "found": 0}
+    signed = "signed" if "signature" in receipt else "not signed: make a key with `remanence receipt key --make`"
+    return f"erased: {counts or 'nothing'}; traces found in {scan['files']} files: {scan['found']}\n{place} ({signed})"
+
+
+def _free(pattern: str) -> Path:
+    """Return the first name of a pattern that no file here has."""
+    number = 1
+    while Path(pattern.format(number)).exists():
+        number += 1
+    return Path(pattern.format(number))
+
+
 def _open(store: str | None, *, write: bool = True, embedder: str | None = None, summarizer: str = "extractive") -> Recall:
     from remanence.recall.service import Recall
 
@@ -456,7 +537,7 @@ def _when(at: float | None) -> str:
     return "" if at is None else datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M")
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
