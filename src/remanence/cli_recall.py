@@ -261,12 +261,9 @@ def forget(
             )
         if query is not None:
             chosen = find(memory, chosen, query=query, k=k)
-        seen = memory.preview(chosen)
         if not yes:
-            _show_preview(asdict(seen), as_json)
+            _show_preview(asdict(memory.preview(chosen)), as_json)
             return
-        if not everything:
-            chosen = seen.selection  # exactly what a preview of this moment names
         receipt = memory.forget(chosen, reason=reason)
     place = out or _free("receipt-{}.json")
     write_text(place, json.dumps(receipt, indent=1, ensure_ascii=False) + "\n")
