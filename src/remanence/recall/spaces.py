@@ -65,13 +65,17 @@ class Spaces:
     def make(self, space: str, *, encrypt: bool = False) -> None:
         """Make a space if it is not there."""
         check_name("space", space)
+        question = "SELECT sealed FROM spaces WHERE name = ?"
+        found = self._database.all(question, space)
+        if found:
+            if encrypt and found[0][0] is None:
+                raise Mistake(
+                    f"space '{space}'", "is there already, and not encrypted", "export it, drop it, load it into an encrypted one"
+                )
+            return
         with self._database.transaction():
-            found = self._database.all("SELECT sealed FROM spaces WHERE name = ?", space)
-            if found:
-                if encrypt and found[0][0] is None:
-                    raise Mistake(
-                        f"space '{space}'", "is there already, and not encrypted", "export it, drop it, load it into an encrypted one"
-                    )
+            if self._database.all(question, space):  # another thread was first
+                self.make(space, encrypt=encrypt)
                 return
             key = make_key(self._keys) if encrypt else None
             if key is not None:

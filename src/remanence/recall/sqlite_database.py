@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import threading
 import time
@@ -51,12 +52,14 @@ class SqliteDatabase:
 
     def _connect(self) -> _Connection:
         try:
+            if self.write and not self._file.exists():
+                os.close(os.open(self._file, os.O_CREAT | os.O_WRONLY, 0o600))  # for its owner alone; the log takes the same rights
             base = sqlite3.connect(self._file, isolation_level=None, timeout=PATIENCE, check_same_thread=False, factory=_Connection)
             self._connections.add(base)
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON") if self.write else ("query_only=ON",):
                 base.execute(f"PRAGMA {pragma}")
             base.execute("PRAGMA temp_store=MEMORY")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise self.told(error) from error
         return base
 
@@ -67,7 +70,7 @@ class SqliteDatabase:
             return Mistake(self.place, "the store is closed", "open it again")
         if isinstance(error, OverflowError):
             return Mistake(self.place, "a number is too large to be stored or sought", "give one below 2^63")
-        if any(words in said for words in ("disk is full", "disk I/O", "unable to open", "out of memory")):
+        if isinstance(error, OSError) or any(words in said for words in ("disk is full", "disk I/O", "unable to open", "out of memory")):
             return Mistake(self.place, f"cannot be written or read ({said})", "free the disk or check it; nothing of this write was stored")
         if "locked" in said or "busy" in said:
             return Mistake(self.place, "is held by another program", "wait for it, or stop it")

@@ -60,7 +60,7 @@ class SqliteStore(SqlStore):
         if not write or (embedder is None and not (self.path / FILE).exists()):
             _expect(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)  # for its owner alone
         except OSError as error:
             raise Mistake(path, f"cannot be made ({error.strerror})", "name another folder") from error
         self._lock: Lock | None = Lock(self.path / LOCK) if write else None
