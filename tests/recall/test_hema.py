@@ -699,3 +699,32 @@ def test_chunks_of_other_conversations_are_used_at_the_turn_where_those_are(tmp_
         held.recall.add_many([NewMessage("user", f"Ana lives in Lisbon, {turn}.") for turn in range(7)], conversation="other")
         held.recall.compose("Where does Ana live?", conversation="here")
         assert set(held.recall.store.ages("default", "other")[2].tolist()) == {7}
+
+
+def test_a_store_opened_for_reading_composes_beside_the_writer_and_takes_its_embedder(tmp_path):
+    from remanence.recall.service import Recall
+
+    with memory(tmp_path) as held:
+        texts = fill(held, 40)
+        with Recall.open(tmp_path, tokenizer="plain", write=False) as reader:
+            assert reader.embedder.name == "hashing:64"
+            assert reader.compose(texts[3]).text == held.recall.compose(texts[3], used=False).text
+            with pytest.raises(Mistake, match="reading"):
+                reader.add("hello")
+
+
+def test_a_sealed_space_stays_sealed_when_it_is_embedded_anew(tmp_path, monkeypatch):
+    from remanence.recall.embedders import load_embedder
+
+    monkeypatch.setenv("REMANENCE_KEYS", str(tmp_path / "keys"))
+    with memory(tmp_path / "a") as one:
+        one.recall.store.make_space("default", encrypt=True)
+        one.recall.store.make_space("open")
+        one.recall.add("Zebulon Quartz7731 moved to Xanaduville.")
+        one.recall.add("Nothing to hide.", space="open")
+        assert one.compose("Where did Zebulon move?").chunk_ids == ()  # it is in the tail
+        with one.recall.reindex(tmp_path / "b", load_embedder("hashing:32")) as made:
+            assert made.search("Where is Zebulon?")[0].chunk.text.startswith("Zebulon")
+            made.store.scrub()
+            assert not any(b"Quartz7731" in Path(file).read_bytes() for file in made.store.files())
+            assert any(b"Nothing to hide" in Path(file).read_bytes() for file in made.store.files())

@@ -56,7 +56,7 @@ class Recall:
         if (store.embedder, store.dim) != (embedder.name, embedder.dim):
             problem = f"it was made with '{store.embedder}' ({store.dim} numbers), not '{embedder.name}' ({embedder.dim})"
             raise Mistake("embedder", problem, "name the store's embedder, or embed it anew with reindex")
-        self.store, self.embedder, self.settings = store, embedder, settings
+        self.store, self.embedder, self.settings, self.writes = store, embedder, settings, True
         self.tokenizer = load_tokenizer("sentence") if tokenizer is None else tokenizer
         self.summarizer = Extractive(self.tokenizer) if summarizer is None else summarizer
         self.retriever = load_retriever(settings.retrieval, store, embedder) if retriever is None else retriever
@@ -99,7 +99,9 @@ class Recall:
             embedder = load_embedder(embedder or "sentence") if embedder is None or isinstance(embedder, str) else embedder
             store = SqliteStore(path, embedder=embedder.name, dim=embedder.dim, write=write)
         try:
-            return cls(store, load_embedder(store.embedder) if embedder is None else embedder, shortened, counted, chosen)
+            made = cls(store, load_embedder(store.embedder) if embedder is None else embedder, shortened, counted, chosen)
+            made.writes = write
+            return made
         except BaseException:
             store.close()
             raise
@@ -154,7 +156,7 @@ class Recall:
             space, conversation: where it is.
             budget: tokens at most; by default the settings'.
             scope: retrieve from the whole space, or from the conversation alone.
-            used: note the retrieved chunks as used at this turn; `False` for a preview.
+            used: note the retrieved chunks as used at this turn (if the store is open for writing); `False` for a preview.
 
         Raises:
             Mistake: system, compact memory and the turn alone are over the budget.
@@ -181,7 +183,7 @@ class Recall:
             hits=hits,
             tail=tail,
         )
-        if used and prompt.chunk_ids:
+        if used and self.writes and prompt.chunk_ids:
             now = current.turn if current is not None else self.store.last_turn(space, conversation) + 1
             self._touch([hit.chunk for hit in hits if hit.chunk.id in prompt.chunk_ids], conversation, now)
         return prompt
