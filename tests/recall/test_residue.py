@@ -19,7 +19,7 @@ from remanence.recall.needles import Matcher, needles_of
 from remanence.recall.residue import scan
 from remanence.recall.rows import PRECISIONS, encode_vector
 
-TEXT = 'The "vault" at Zürich & O\'Brien\'s <7th> floor opens with ‘Perlmuttergrün’ every\nsecond Wednesday of the month.'
+TEXT = "The \"vault\" at Zürich & O'Brien's <7th> floor opens with ‘Perlmuttergrün’ every\nsecond Wednesday of the month."
 WAYS = {
     "utf-8": lambda text: text.encode(),
     "utf-16-le": lambda text: text.encode("utf-16-le"),
@@ -54,7 +54,8 @@ def test_a_planted_text_is_found_in_every_form(tmp_path, way):
 def test_any_thirty_one_characters_in_a_row_are_found(tmp_path, start):
     (tmp_path / "page").write_bytes(junk(999) + TEXT[start : start + 31].encode() + junk(999, 1))
     found = scan([tmp_path / "page"], [TEXT]).found
-    assert found and all(999 <= one.offset < 999 + 40 for one in found)
+    assert found
+    assert all(999 <= one.offset < 999 + 40 for one in found)
 
 
 @pytest.mark.parametrize("size", [9, 24, 64, 100, 4096])
@@ -62,7 +63,8 @@ def test_a_text_across_the_edge_of_a_block_is_found_once(tmp_path, monkeypatch, 
     monkeypatch.setattr(residue, "BLOCK", size)
     (tmp_path / "page").write_bytes(b"." * 37 + b"quicksilverish" + b"." * 50)
     offsets = [one.offset for one in scan([tmp_path / "page"], ["quicksilverish"]).found]
-    assert 37 in offsets and len(offsets) == len(set(offsets))
+    assert 37 in offsets
+    assert len(offsets) == len(set(offsets))
 
 
 @pytest.mark.parametrize("precision", [*PRECISIONS, "float64", "int8 of one scale"])
@@ -115,7 +117,8 @@ def test_what_is_also_kept_is_no_residue_and_the_rest_of_the_text_is(tmp_path):
     assert scan([tmp_path / "page"], [shared + own]).found
     (tmp_path / "page").write_bytes(shared.encode())
     seen = scan([tmp_path / "page"], [shared + own], kept=lambda: ["Hello. " + shared.upper() + ", as ever"])
-    assert seen.clean and seen.left_out > 0
+    assert seen.clean
+    assert seen.left_out > 0
     vector = unit(1, 384)
     (tmp_path / "page").write_bytes(encode_vector(vector, "float16"))
     assert scan([tmp_path / "page"], [], [vector], kept_vectors=lambda: [np.stack([unit(2, 384), vector])]).clean
@@ -136,13 +139,16 @@ def test_chance_finds_nothing_in_noise(tmp_path):
 def test_short_texts_are_counted_and_padding_is_not_looked_for(tmp_path):
     (tmp_path / "page").write_bytes(b"ok" + b"\0" * 100 + b"aaaaaaaaaaaaaaaaaaaaaaaaaaa")
     seen = scan([tmp_path / "page"], ["ok", "a" * 27], [np.zeros(64, np.float32)])
-    assert seen.clean and seen.short == 1
+    assert seen.clean
+    assert seen.short == 1
 
 
 def test_the_matcher_finds_what_a_search_one_by_one_finds():
     draw = np.random.default_rng(0)
     data = bytes(draw.integers(97, 100, 4000, dtype=np.uint8))
-    wanted = {data[at : at + size] for at, size in zip(draw.integers(0, 3900, 60).tolist(), draw.integers(8, 40, 60).tolist())} | {b"zzzzzzzzzz"}
+    wanted = {data[at : at + size] for at, size in zip(draw.integers(0, 3900, 60).tolist(), draw.integers(8, 40, 60).tolist())} | {
+        b"zzzzzzzzzz"
+    }
     one_by_one = {(at, needle) for needle in wanted for at in range(len(data)) if data.startswith(needle, at)}
     assert set(Matcher(wanted).find(data)) == one_by_one
     for size in range(12):

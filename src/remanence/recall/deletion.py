@@ -128,11 +128,19 @@ def checked_form(receipt: object, place: object = "receipt") -> None:
         raise Mistake(place, "is no receipt of deletion", remedy)
     kinds: dict[str, Any] = {"id": str, "store": str, "asked": dict, "erased": dict, "ids": list, "texts": list | None, "scan": dict | None}
     wrong = next((name for name, kind in kinds.items() if not isinstance(receipt.get(name), kind)), None)
-    pairs = receipt["ids"] if wrong is None else []
-    if wrong is None and not all(isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs):
+    if wrong is None and not all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in receipt["ids"]
+    ):
         wrong = "ids"
-    if wrong is None and not all(abs(n) < 2**62 for pair in pairs for n in pair):
+    if wrong is None and not all(abs(n) < 2**62 for pair in receipt["ids"] for n in pair):
         wrong = "ids"
+    if wrong is None and not all(isinstance(text, str) for text in receipt["texts"] or ()):
+        wrong = "texts"
+    if wrong is None:
+        try:
+            canonical(receipt)
+        except (ValueError, TypeError, RecursionError):
+            wrong = "text"  # half a surrogate pair, a loop
     if wrong is not None:
         raise Mistake(place, f"'{wrong}' is not what a receipt holds there", remedy)
 
