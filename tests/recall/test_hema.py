@@ -106,7 +106,8 @@ def test_dropped_chunks_score_below_kept_ones(tmp_path):
             prompt = held.recall.compose("what of " + sentence(numpy_generator(budget), 6), budget=budget)
             cosines = {hit.chunk.id: hit.score for hit in held.search(prompt.parts["user"], 60)}
             assert prompt.tokens <= budget
-            assert prompt.chunk_ids and prompt.dropped
+            assert prompt.chunk_ids
+            assert prompt.dropped
             assert min(prompt.scores) >= max(cosines[id] for id in prompt.dropped)
             assert prompt.scores == tuple(cosines[id] for id in prompt.chunk_ids)
 
@@ -591,7 +592,8 @@ def test_no_language_model_is_on_the_read_path(tmp_path):
     with memory(tmp_path, summarizer=never) as held:
         fill(held, 120)
         never.reading = True
-        assert held.compose("hello").chunk_ids and held.search("hello")
+        assert held.compose("hello").chunk_ids
+        assert held.search("hello")
 
 
 def test_an_empty_memory_composes_the_user_turn_alone(tmp_path):

@@ -30,7 +30,7 @@ from remanence.recall.rows import (
     shut_message,
 )
 from remanence.recall.spaces import Spaces
-from remanence.recall.words import Bm25, asked
+from remanence.recall.words import Bm25, asked, words
 
 FROM = "FROM messages m JOIN conversations v ON v.id = m.conversation"
 BATCH = 1000
@@ -87,10 +87,14 @@ class Turns:
             vector = encode_vector(chunk.vector, self._precision)
             if space.sealer is not None:
                 vector = space.sealer.seal("vector", vector)
-            statement = "INSERT INTO chunks(message, space, conversation, begins, ends, vector) VALUES(?, ?, ?, ?, ?, ?) RETURNING id"
-            ids.append(self._database.do(statement, message, space.id, conversation, chunk.start, chunk.end, vector)[0][0])
+            said = words(text[chunk.start : chunk.end]) if space.sealer is None and self._index is not None else []
+            statement = (
+                "INSERT INTO chunks(message, space, conversation, begins, ends, words, vector) VALUES(?, ?, ?, ?, ?, ?, ?) RETURNING id"
+            )
+            row = (message, space.id, conversation, chunk.start, chunk.end, len(said), vector)
+            ids.append(self._database.do(statement, *row)[0][0])
             if space.sealer is None and self._index is not None:
-                self._index.add(space.id, ids[-1], text[chunk.start : chunk.end])
+                self._index.add(space.id, ids[-1], said)
         self._spaces.bump(space.id)
         self._database.afterwards(None, self._ranked.clear)  # numbers that are taken back are given again
         return ids
@@ -101,7 +105,7 @@ class Turns:
         found = self._database.all(question, value)
         for id, space, begins, ends, text in found:
             if text is not None and self._index is not None:
-                self._index.remove(space, id, text[begins:ends])
+                self._index.remove(space, id, words(text[begins:ends]))
         self._database.do(f"DELETE FROM chunks WHERE {self._database.among('id')}", self._database.listed([row[0] for row in found]))
         for space in {row[1] for row in found}:
             self._spaces.bump(space)
@@ -171,11 +175,16 @@ class Turns:
         return [(spaces, *self._condition(spaces, selection)) for spaces in groups]
 
     def _condition(self, spaces: list[Space], selection: Selection) -> tuple[str, list[Any]]:
-        among, first = self._database.among, spaces[0]
+        among, first, numbers = self._database.among, spaces[0], self._database.listed([space.id for space in spaces])
         turns = selection.turns or (None, None)
+        if selection.conversation is not None:
+            look = first.look("conversation", selection.conversation)
+            rows = self._database.all(f"SELECT id FROM conversations WHERE name = ? AND {among('space')}", look, numbers)
+            numbers, home = self._database.listed([row[0] for row in rows]), among("m.conversation")
+        else:
+            home = among("m.space")
         found = [
-            (among("m.space"), self._database.listed([space.id for space in spaces])) if len(spaces) > 1 else ("m.space = ?", first.id),
-            ("v.name = ?", None if selection.conversation is None else first.look("conversation", selection.conversation)),
+            (home, numbers),
             ("m.person = ?", None if selection.person is None else first.look("person", selection.person)),
             ("m.role = ?", selection.role),
             ("m.at >= ?", selection.since),
@@ -212,20 +221,18 @@ class Turns:
         return found if limit is None else found[max(len(found) - limit, 0) :] if newest else found[:limit]
 
     def _numbers(self, question: str, selection: Selection) -> Int64[np.ndarray, "N"]:
-        found = [row[0] for _, where, values in self.scopes(selection) for row in self._database.all(f"{question} WHERE {where}", *values)]
-        return np.sort(np.array(found, dtype=np.int64))
+        found = [self._database.numbers(f"{question} WHERE {where}", *values) for _, where, values in self.scopes(selection)]
+        return np.sort(np.concatenate([np.empty(0, np.int64), *found]))
 
     def ids(self, selection: Selection) -> Int64[np.ndarray, "N"]:
         """Return the ids of the selected messages, sorted."""
-        return self._numbers(f"SELECT m.id {FROM}", selection)
+        return self._numbers(f"SELECT m.id AS n {FROM}", selection)
 
     def chunk_ids(self, selection: Selection) -> Int64[np.ndarray, "N"]:
         """Return the ids of the chunks of the selected messages, sorted."""
-        if selection == Selection(space=selection.space) and selection.space is not None:
-            held = self._spaces.named(selection.space)
-            rows = self._database.all("SELECT id FROM chunks WHERE space = ? ORDER BY id", held.id)
-            return np.array(rows, dtype=np.int64).reshape(-1)
-        return self._numbers(f"SELECT c.id {FROM} JOIN chunks c ON c.message = m.id", selection)
+        if selection.space is not None and selection == Selection(space=selection.space):
+            return self._database.numbers("SELECT id AS n FROM chunks WHERE space = ?", self._spaces.named(selection.space).id)
+        return self._numbers(f"SELECT c.id AS n {FROM} JOIN chunks c ON c.message = m.id", selection)
 
     def chunks(self, ids: Ids) -> list[Chunk]:
         """Return chunks in the order asked; ids that are gone are left out."""
@@ -264,14 +271,14 @@ class Turns:
         """Return (chunk id, BM25 score) of at most `k` chunks with any of the query's words."""
         sought = asked(query)
         found: list[tuple[int, float]] = []
-        alone = selection == Selection(space=selection.space)
-        for spaces, where, values in self.scopes(selection):
-            for space in spaces if sought and k > 0 else ():
+        for spaces, _, _ in self.scopes(selection) if sought and k > 0 else ():
+            for space in spaces:
+                here = replace(selection, space=space.name)
+                among = None if here == Selection(space=space.name) else self.chunk_ids(here)
                 if space.sealer is None and self._index is not None:
-                    found += self._index.search(space.id, sought, k, None if alone else where, values)
+                    found += self._index.search(space.id, sought, k, among)
                 else:
-                    among = None if alone else self.chunk_ids(replace(selection, space=space.name))
-                    found += self._ranking(space).search(query, k, among)
+                    found += self._ranking(space).search(sought, k, among)
         return sorted(found, key=lambda pair: (-pair[1], -pair[0]))[:k]
 
     def _ranking(self, space: Space) -> Bm25:

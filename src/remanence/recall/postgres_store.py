@@ -23,7 +23,7 @@ from remanence.errors import Mistake, nearest
 from remanence.recall.items import Hit, Message, NewChunk, NewMessage, Selection
 from remanence.recall.postgres_database import PostgresDatabase
 from remanence.recall.protocols import Embedder
-from remanence.recall.rows import PRECISIONS
+from remanence.recall.rows import PRECISIONS, decode_vectors, encode_vector
 from remanence.recall.schema import FORMAT, tables
 from remanence.recall.sql_store import SqlStore
 
@@ -73,23 +73,22 @@ class PostgresStore(SqlStore):
         """Store a message with its chunks (space and conversation are made if absent); return it and the chunks' ids."""
         with self.transaction():
             stored, ids = super().append(space, conversation, message, chunks)
-            self._densify(stored.space, ids)
+            self._densify(stored.space, ids, chunks)
             return stored, ids
 
     def replace(self, message: int, text: str, chunks: Sequence[NewChunk], *, at: float) -> tuple[Message, list[int]]:
         """Give a message another text and other chunks; the old ones are gone."""
         with self.transaction():
             stored, ids = super().replace(message, text, chunks, at=at)
-            self._densify(stored.space, ids)
+            self._densify(stored.space, ids, chunks)
             return stored, ids
 
-    def _densify(self, space: str, ids: Sequence[int]) -> None:
-        """Fill the column that the server searches: of plain spaces alone."""
+    def _densify(self, space: str, ids: Sequence[int], chunks: Sequence[NewChunk]) -> None:
+        """Fill the column that the server searches, with what is read back: of plain spaces alone."""
         if ids and self._spaces.named(space).sealer is None:
-            for found, vectors in self.vectors(space, above=min(ids) - 1):
-                for id, vector in zip(found.tolist(), vectors):
-                    if id in ids:
-                        self._database.do("UPDATE chunks SET dense = ? WHERE id = ?", _literal(vector), id)
+            held = decode_vectors([encode_vector(chunk.vector, self.precision) for chunk in chunks], self.precision, self.dim)
+            for id, vector in zip(ids, held):
+                self._database.do("UPDATE chunks SET dense = ? WHERE id = ?", _literal(vector), id)
 
     def nearest(self, query: Float32[np.ndarray, "D"], k: int, selection: Selection) -> list[tuple[int, float]]:
         """Return (chunk id, cosine) of the `k` chunks of a selection that are nearest to a vector, best first, ties by the higher id; exact."""

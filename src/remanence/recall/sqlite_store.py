@@ -20,12 +20,13 @@ from typing import Any
 
 from remanence.errors import Mistake, nearest
 from remanence.recall.database import Ids
+from remanence.recall.fts import Fts
 from remanence.recall.items import Message, NewChunk
 from remanence.recall.lock import Lock
 from remanence.recall.rows import PRECISIONS
 from remanence.recall.schema import FORMAT, tables
 from remanence.recall.sql_store import SqlStore
-from remanence.recall.sqlite_database import Fts, SqliteDatabase
+from remanence.recall.sqlite_database import SqliteDatabase
 
 FILE = "recall.sqlite"
 LOCK = "lock"
@@ -59,7 +60,7 @@ class SqliteStore(SqlStore):
         if not write or (embedder is None and not (self.path / FILE).exists()):
             _expect(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)  # for its owner alone
         except OSError as error:
             raise Mistake(path, f"cannot be made ({error.strerror})", "name another folder") from error
         self._lock: Lock | None = Lock(self.path / LOCK) if write else None
