@@ -136,7 +136,7 @@ def resident() -> int:
 def main(name: str, folder: Path) -> None:
     """Answer orders until the input ends."""
     out, sys.stdout = sys.stdout, sys.stderr
-    vectors, queries = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("vectors", "queries"))
+    vectors, queries = (np.load(folder / f"{part}.npy") for part in ("vectors", "queries"))
     memory = {"remanence": Remanence, "chromadb": Chromadb, "txtai": Txtai, "mem0": Mem0}[name](folder, vectors)
     before = resident()
     for line in sys.stdin:

@@ -106,10 +106,10 @@ def check_text(place: str, text: object) -> None:
 
 
 def check_name(place: str, name: object) -> None:
-    """Refuse a name that is no text, empty, or longer than 1000 characters."""
+    """Refuse a name that is no text, empty, or longer than 500 characters."""
     check_text(place, name)
-    if not name or len(str(name)) > 1000:
-        raise Mistake(place, "is empty" if not name else "is longer than 1000 characters", "give it a short name")
+    if not name or len(str(name)) > 500:
+        raise Mistake(place, "is empty" if not name else "is longer than 500 characters", "give it a short name")
 
 
 def check_time(place: str, at: object) -> None:
@@ -149,5 +149,6 @@ def check_chunks(text: str, chunks: Sequence[NewChunk], dim: int) -> None:
                 f"has the shape {chunk.vector.shape}, the store's vectors have {dim} numbers",
                 "use the embedder that the store was made with",
             )
-        if not np.isfinite(chunk.vector).all() or not chunk.vector.any():
-            raise Mistake("vector", "is zero or holds NaN or infinity", "mend the embedder: it must return unit vectors")
+        length = float(np.linalg.norm(chunk.vector))
+        if not 0.99 < length < 1.01:  # NaN as well
+            raise Mistake("vector", f"has the length {length:.3g}", "mend the embedder: it must return unit vectors")

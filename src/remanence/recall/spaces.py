@@ -114,7 +114,20 @@ class Spaces:
 
     def mark(self) -> None:
         """Note that deleted rows may have left traces: a scrub is due, at the next opening at the latest."""
-        self._database.do("INSERT INTO about(name, value) VALUES('scrub', '1') ON CONFLICT(name) DO NOTHING")
+        self._database.do(
+            "INSERT INTO about(name, value) VALUES('scrub', '1') "
+            "ON CONFLICT(name) DO UPDATE SET value = CAST(CAST(about.value AS BIGINT) + 1 AS TEXT)"
+        )
+
+    def due(self) -> str | None:
+        """Return how many deletions wait for a scrub, `None` where none does."""
+        found: str | None = self._database.one("SELECT value FROM about WHERE name = 'scrub'")
+        return found
+
+    def unmark(self, due: str | None) -> None:
+        """Note that a scrub is done, unless something was deleted while it ran."""
+        with self._database.transaction():
+            self._database.do("DELETE FROM about WHERE name = 'scrub' AND value = ?", due)
 
     def version(self, space: str) -> int:
         """Return the stamp of a space's chunks."""

@@ -21,6 +21,7 @@ from remanence.recall.database import Ids
 from remanence.recall.words import words
 
 PATIENCE = 10.0  # seconds
+LARGE = 256 * 2**20  # bytes: a larger file is not copied in memory
 
 
 class _Connection(sqlite3.Connection):
@@ -62,7 +63,7 @@ class SqliteDatabase:
         said = str(error)
         if isinstance(error, OverflowError):
             return Mistake(self.place, "a number is too large to be stored or sought", "give one below 2^63")
-        if any(word in said for word in ("full", "I/O", "disk", "unable to open")):
+        if any(words in said for words in ("disk is full", "disk I/O", "unable to open", "out of memory")):
             return Mistake(self.place, f"cannot be written or read ({said})", "free the disk or check it; nothing of this write was stored")
         if "locked" in said or "busy" in said:
             return Mistake(self.place, "is held by another program", "wait for it, or stop it")
@@ -188,7 +189,10 @@ class SqliteDatabase:
     def compact(self) -> None:
         """Write the file anew without its free bytes, and empty and truncate the log."""
         with self._mutex:
+            if self._file.stat().st_size > LARGE:
+                self.do("PRAGMA temp_store=FILE")  # the copy holds nothing that is not in the store as well
             self.do("VACUUM")
+            self.do("PRAGMA temp_store=MEMORY")
             self.empty_log()
 
     def empty_log(self) -> None:

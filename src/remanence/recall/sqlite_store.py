@@ -87,9 +87,10 @@ class SqliteStore(SqlStore):
 
     def drop_space(self, space: str) -> int:
         """Remove a space with everything in it, and destroy its key; return the number of messages."""
+        count = super().drop_space(space)  # its key goes with the end of the transaction, so that there is none around it here
         with self.transaction():
             self._drop_caches()
-            return super().drop_space(space)
+        return count
 
     def replace(self, message: int, text: str, chunks: Sequence[NewChunk], *, at: float) -> tuple[Message, list[int]]:
         """Give a message another text and other chunks; the old ones are gone."""
@@ -121,17 +122,17 @@ class SqliteStore(SqlStore):
 
     def scrub_due(self) -> bool:
         """Return whether rows were deleted since the last scrub."""
-        return self._database.one("SELECT 1 FROM about WHERE name = 'scrub'") is not None
+        return self._spaces.due() is not None
 
     def scrub(self) -> None:
         """Leave no trace of deleted rows in any file: caches gone, full-text index rebuilt, free pages overwritten, log emptied and truncated."""
         with self.transaction():
             self._drop_caches()
+            due = self._spaces.due()
             for (space,) in self._database.all("SELECT id FROM spaces WHERE sealed IS NULL"):
                 self._fts.purge(space)
         self._sqlite.compact()
-        with self.transaction():
-            self._database.do("DELETE FROM about WHERE name = 'scrub'")
+        self._spaces.unmark(due)
         self._sqlite.empty_log()
 
     def files(self) -> list[Path]:

@@ -153,7 +153,7 @@ class Turns:
 
     # Reading.
 
-    def _scopes(self, selection: Selection) -> list[tuple[list[Space], str, list[Any]]]:
+    def scopes(self, selection: Selection) -> list[tuple[list[Space], str, list[Any]]]:
         """Return (spaces, condition on `m` and `v`, values): all plain spaces at once, each sealed one by itself."""
         if selection.turns is not None and selection.conversation is None:
             raise Mistake("turns", "need a conversation", "name it")
@@ -192,7 +192,7 @@ class Turns:
     ) -> list[Message]:
         """Return messages by id, those with an id above `after` (`newest`: the last `limit`, still in order of id); `contains`: whatever the case."""
         found: list[Message] = []
-        for spaces, where, values in self._scopes(selection):
+        for spaces, where, values in self.scopes(selection):
             by_id = {space.id: space for space in spaces}
             low, high, kept = after, HIGHEST, 0
             while limit is None or kept < limit:
@@ -212,7 +212,7 @@ class Turns:
         return found if limit is None else found[max(len(found) - limit, 0) :] if newest else found[:limit]
 
     def _numbers(self, question: str, selection: Selection) -> Int64[np.ndarray, "N"]:
-        found = [row[0] for _, where, values in self._scopes(selection) for row in self._database.all(f"{question} WHERE {where}", *values)]
+        found = [row[0] for _, where, values in self.scopes(selection) for row in self._database.all(f"{question} WHERE {where}", *values)]
         return np.sort(np.array(found, dtype=np.int64))
 
     def ids(self, selection: Selection) -> Int64[np.ndarray, "N"]:
@@ -265,7 +265,7 @@ class Turns:
         sought = asked(query)
         found: list[tuple[int, float]] = []
         alone = selection == Selection(space=selection.space)
-        for spaces, where, values in self._scopes(selection):
+        for spaces, where, values in self.scopes(selection):
             for space in spaces if sought and k > 0 else ():
                 if space.sealer is None and self._index is not None:
                     found += self._index.search(space.id, sought, k, None if alone else where, values)
