@@ -8,7 +8,7 @@ import pytest
 from remanence.errors import Mistake
 from remanence.recall.embedders import embed, load_embedder
 from remanence.recall.items import Chunk, Selection
-from remanence.recall.retrieval import Dense, Hybrid, Lexical, fused, load_retriever
+from remanence.recall.retrieval import Dense, Hybrid, Lexical, fused, load_retriever, scaled
 
 EMBEDDER = load_embedder("hashing:64")
 
@@ -193,3 +193,9 @@ def test_unknown_names_and_spaces_are_refused(store: ToyStore) -> None:
 def test_fewer_than_one_result_is_none(store: ToyStore) -> None:
     for name in ("dense", "lexical", "hybrid"):
         assert load_retriever(name, store, EMBEDDER).search("red", 0, Selection()) == []
+
+
+def test_scores_are_scaled_by_hand() -> None:
+    assert scaled({1: 0.2, 2: 0.6, 3: 0.4}) == pytest.approx({1: 0, 2: 1, 3: 0.5})
+    assert scaled({1: 0.2, 2: 0.2}) == {1: 1.0, 2: 1.0}
+    assert scaled({}) == {}
