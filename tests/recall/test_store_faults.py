@@ -253,3 +253,18 @@ def test_a_closed_store_says_so(store):
         with pytest.raises(Mistake, match="is closed"):
             use()
     store.close()
+
+
+def test_a_store_is_for_its_owner_alone(store):
+    say(store, "x")
+    assert store.path.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in store.path.iterdir()} == {0o600}
+
+
+def test_a_folder_that_cannot_be_made_or_written_is_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(Mistake, match="cannot be made"):
+        SqliteStore(tmp_path / "file" / "store", embedder="stub", dim=DIM)
+    (tmp_path / "store" / FILE).mkdir(parents=True)
+    with pytest.raises(Mistake, match="cannot be"):
+        SqliteStore(tmp_path / "store", embedder="stub", dim=DIM)

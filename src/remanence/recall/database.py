@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import numpy as np
+from jaxtyping import Int64
 
 Ids = Sequence[int] | np.ndarray
 
@@ -22,6 +23,10 @@ class Database(Protocol):
 
     def one(self, question: str, *values: Any) -> Any:
         """Return the first column of the first row, `None` where there is no row."""
+        ...
+
+    def numbers(self, question: str, *values: Any) -> Int64[np.ndarray, "N"]:
+        """Return the numbers of a question's one column, which it names `n`, sorted."""
         ...
 
     def do(self, statement: str, *values: Any) -> list[Any]:
@@ -60,14 +65,14 @@ class WordIndex(Protocol):
         """Remove the index of a space."""
         ...
 
-    def add(self, space: int, chunk: int, text: str) -> None:
-        """Index a chunk."""
+    def add(self, space: int, chunk: int, said: Sequence[str]) -> None:
+        """Index the words of a chunk."""
         ...
 
-    def remove(self, space: int, chunk: int, text: str) -> None:
-        """Forget a chunk; `text` is what was given to `add`."""
+    def remove(self, space: int, chunk: int, said: Sequence[str]) -> None:
+        """Forget a chunk; `said` is what was given to `add`."""
         ...
 
-    def search(self, space: int, asked: Sequence[str], k: int, where: str | None, values: Sequence[Any]) -> list[tuple[int, float]]:
-        """Return (chunk, BM25 score) of chunks with any of the words, best first; `where`: of the messages `m` in conversations `v` alone."""
+    def search(self, space: int, sought: Sequence[str], k: int, among: np.ndarray | None) -> list[tuple[int, float]]:
+        """Return (chunk, BM25 score) of chunks with any of the words, best first; `among`: of these chunks alone."""
         ...

@@ -12,7 +12,9 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, LiteralString, cast
 
+import numpy as np
 import psycopg
+from jaxtyping import Int64
 from psycopg import errors, sql
 from psycopg.conninfo import conninfo_to_dict
 
@@ -104,6 +106,10 @@ class PostgresDatabase:
         """Return the first column of the first row, `None` where there is no row."""
         found = self.all(question, *values)
         return found[0][0] if found else None
+
+    def numbers(self, question: str, *values: Any) -> Int64[np.ndarray, "N"]:
+        """Return the numbers of a question's one column, which it names `n`, sorted."""
+        return np.sort(np.array([row[0] for row in self.all(question, *values)], dtype=np.int64))
 
     def do(self, statement: str, *values: Any) -> list[Any]:
         """Write; return the rows that `RETURNING` names."""

@@ -25,9 +25,10 @@ class Embedder(Protocol):
 
 
 class Summarizer(Protocol):
-    """Shorten `earlier` and what follows it to at most `tokens` tokens, one line."""
+    """Shorten `earlier` and what follows it to at most `tokens` tokens, one line. It reads up to `window` tokens; more is its own affair."""
 
     name: str
+    window: int
 
     def __call__(self, earlier: str, new: str, tokens: int) -> str:
         """Return S_t = Summarizer(S_{t-1}, u_t)."""
@@ -61,6 +62,10 @@ class Retriever(Protocol):
         """Return at most `k` hits, best first; ties by the higher (younger) chunk id."""
         ...
 
+    def refresh(self) -> None:
+        """Let go now of whatever the store no longer has: what is kept in memory, and every file that was made of it."""
+        ...
+
 
 class Store(Protocol):
     """The only source of truth: text, vectors, lineage, audit log. Every writing method is one transaction, or joins the one that is open.
@@ -69,6 +74,7 @@ class Store(Protocol):
     writer is refused at opening. All methods may be called from several threads.
     """
 
+    id: str  # of this store, made with it
     embedder: str
     dim: int
 

@@ -61,6 +61,10 @@ class Dense:
             found += zip(ids.tolist(), scores.tolist(), strict=True)
         return in_order(found)[:k]
 
+    def refresh(self) -> None:
+        """Let go now of vectors that the store no longer has."""
+        self.vectors.refresh()
+
     def cosines(self, vector: Float32[np.ndarray, "D"], ids: Sequence[int], selection: Selection) -> dict[int, float]:
         """Return the cosine of each of some chunks of the selection's space, or of all spaces; an id that is not there is left out."""
         found: dict[int, float] = {}
@@ -87,6 +91,9 @@ class Lexical:
     def ranked(self, query: str, k: int, selection: Selection) -> Ranked:
         """Return the k best chunks with any of the query's words, with their scores."""
         return in_order(self.store.lexical(query, k, selection))[:k] if k > 0 else []
+
+    def refresh(self) -> None:
+        """Do nothing: the words are the store's."""
 
 
 class Hybrid:
@@ -141,6 +148,10 @@ class Hybrid:
         found = in_order(scores.items())[:k]
         parts = {id: {"cosine": cosines[id], **({"bm25": bm25[id]} if id in bm25 else {}), self.how: score} for id, score in found}
         return hits(self.store, found, parts)
+
+    def refresh(self) -> None:
+        """Let go now of vectors that the store no longer has."""
+        self.vectors.refresh()
 
 
 def load_retriever(name: str, store: Store, embedder: Embedder) -> Retriever:

@@ -6,7 +6,7 @@
 | spaces        | tenant; `sealed` names its key, `version` grows with every change of its chunks |
 | conversations | conversation of a space |
 | messages      | turn; the only place where its text is kept |
-| chunks        | piece `text[begins:ends]` of a message, with its vector |
+| chunks        | piece `text[begins:ends]` of a message, with its vector; `words` counts those in the index |
 | gists, history | summary that stands, summary that was put |
 | facts, sources | statement, message that it was drawn from |
 | audit         | action, chained by hashes |
@@ -29,9 +29,9 @@ CREATE INDEX messages_of_person ON messages(space, person);
 CREATE INDEX messages_of_time ON messages(space, at);
 CREATE TABLE chunks(
   id {id}, message BIGINT NOT NULL, space BIGINT NOT NULL, conversation BIGINT NOT NULL, begins BIGINT NOT NULL, ends BIGINT NOT NULL,
-  last_retrieved BIGINT, vector {blob} NOT NULL);
+  words BIGINT NOT NULL, last_retrieved BIGINT, vector {blob} NOT NULL);
 CREATE INDEX chunks_of_message ON chunks(message);
-CREATE INDEX chunks_of_space ON chunks(space, id);
+CREATE INDEX chunks_of_space ON chunks(space, id, words);
 CREATE INDEX chunks_of_conversation ON chunks(conversation, id);
 CREATE TABLE gists(
   conversation BIGINT NOT NULL, kind TEXT NOT NULL, segment BIGINT NOT NULL, first BIGINT NOT NULL, last BIGINT NOT NULL, text TEXT, sealed {blob},

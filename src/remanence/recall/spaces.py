@@ -76,7 +76,7 @@ class Spaces:
             key = make_key(self._keys) if encrypt else None
             if key is not None:
                 self._database.afterwards(None, lambda: destroy_key(self._keys, key))
-            id = self._database.do("INSERT INTO spaces(name, sealed, version) VALUES(?, ?, ?) RETURNING id", space, key, _stamp(0))[0][0]
+            id = self._database.do("INSERT INTO spaces(name, sealed, version) VALUES(?, ?, ?) RETURNING id", space, key, _stamp())[0][0]
             if key is None and self._index is not None:
                 self._index.make(id)
 
@@ -135,8 +135,8 @@ class Spaces:
 
     def bump(self, space: int) -> None:
         """Note that a space's chunks have changed."""
-        last = self._database.one("SELECT version FROM spaces WHERE id = ?", space)
-        self._database.do("UPDATE spaces SET version = ? WHERE id = ?", _stamp(last), space)
+        now = _stamp()
+        self._database.do("UPDATE spaces SET version = CASE WHEN version < ? THEN ? ELSE version + 1 END WHERE id = ?", now, now, space)
 
     # Conversations.
 
@@ -180,6 +180,6 @@ class Spaces:
         self._database.do(f"DELETE FROM conversations WHERE {nothing}")
 
 
-def _stamp(version: int) -> int:
-    """Return a version above the last one; by the clock, so that a space that is made again never repeats one."""
-    return max(version + 1, time.time_ns() // 1000)
+def _stamp() -> int:
+    """Return a version by the clock, so that a space that is made again never repeats one."""
+    return time.time_ns() // 1000

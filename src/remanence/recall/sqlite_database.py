@@ -1,4 +1,4 @@
-"""SQLite behind a store: connections, transactions, sentences for its errors, and FTS5 as the index of words.
+"""SQLite behind a store: connections, transactions, sentences for its errors.
 
 One connection writes, behind a lock; every thread reads through its own, so readers never wait for a writer. WAL, and synced at every commit: what was
 acknowledged is there after a power cut. Freed bytes are overwritten (`secure_delete`).
@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Int64
+
 from remanence.errors import Mistake
 from remanence.recall.database import Ids
-from remanence.recall.words import words
 
 PATIENCE = 10.0  # seconds
 LARGE = 256 * 2**20  # bytes: a larger file is not copied in memory
@@ -49,38 +52,33 @@ class SqliteDatabase:
 
     def _connect(self) -> _Connection:
         try:
+            if self.write and not self._file.exists():
+                os.close(os.open(self._file, os.O_CREAT | os.O_WRONLY, 0o600))  # for its owner alone; the log takes the same rights
             base = sqlite3.connect(self._file, isolation_level=None, timeout=PATIENCE, check_same_thread=False, factory=_Connection)
             self._connections.add(base)
             for pragma in ("journal_mode=WAL", "synchronous=FULL", "secure_delete=ON") if self.write else ("query_only=ON",):
                 base.execute(f"PRAGMA {pragma}")
             base.execute("PRAGMA temp_store=MEMORY")
-        except sqlite3.Error as error:
+        except (sqlite3.Error, OSError) as error:
             raise self.told(error) from error
         return base
 
     def told(self, error: Exception) -> Mistake:
         """Return the sentence for what SQLite reported."""
         said = str(error)
+        if self.closed:
+            return Mistake(self.place, "the store is closed", "open it again")
         if isinstance(error, OverflowError):
             return Mistake(self.place, "a number is too large to be stored or sought", "give one below 2^63")
-        if any(words in said for words in ("disk is full", "disk I/O", "unable to open", "out of memory")):
+        if isinstance(error, OSError) or any(words in said for words in ("disk is full", "disk I/O", "unable to open", "out of memory")):
             return Mistake(self.place, f"cannot be written or read ({said})", "free the disk or check it; nothing of this write was stored")
         if "locked" in said or "busy" in said:
             return Mistake(self.place, "is held by another program", "wait for it, or stop it")
         if "readonly" in said or "read-only" in said:
             return Mistake(self.place, f"cannot be written ({said})", "check its permissions")
+        if isinstance(error, sqlite3.ProgrammingError | sqlite3.IntegrityError):
+            return Mistake(self.place, f"refused ({said})", "nothing of this write was stored; report this")
         return Mistake(self._file, f"is damaged ({said})", "restore it from a backup")
-
-    @contextlib.contextmanager
-    def _telling(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.ProgrammingError as error:
-            if self.closed:
-                raise Mistake(self.place, "the store is closed", "open it again") from error
-            raise
-        except (sqlite3.OperationalError, sqlite3.DatabaseError, OverflowError) as error:
-            raise self.told(error) from error
 
     def _base(self) -> _Connection:
         """Return this thread's connection: the writer's inside its transaction, else its own."""
@@ -95,23 +93,34 @@ class SqliteDatabase:
 
     def all(self, question: str, *values: Any) -> list[Any]:
         """Return the rows of a question; inside this thread's transaction it sees what that wrote."""
-        with self._telling():
+        try:
             return self._base().execute(question, values).fetchall()
+        except (sqlite3.Error, OverflowError) as error:
+            raise self.told(error) from error
 
     def one(self, question: str, *values: Any) -> Any:
         """Return the first column of the first row, `None` where there is no row."""
         found = self.all(question, *values)
         return found[0][0] if found else None
 
+    def numbers(self, question: str, *values: Any) -> Int64[np.ndarray, "N"]:
+        """Return the numbers of a question's one column, which it names `n`, sorted; as one string: ten times as fast as row by row."""
+        listed = self.one(f"SELECT group_concat(n) FROM ({question})", *values)
+        return np.sort(np.fromstring(listed, dtype=np.int64, sep=",")) if listed else np.empty(0, np.int64)
+
     def do(self, statement: str, *values: Any) -> list[Any]:
         """Write; return the rows that `RETURNING` names."""
-        with self._telling():
+        try:
             return self._writer.execute(statement, values).fetchall()
+        except (sqlite3.Error, OverflowError) as error:
+            raise self.told(error) from error
 
     def count(self, statement: str, *values: Any) -> int:
         """Write; return how many rows were changed."""
-        with self._telling():
+        try:
             return self._writer.execute(statement, values).rowcount
+        except (sqlite3.Error, OverflowError) as error:
+            raise self.told(error) from error
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
@@ -214,44 +223,3 @@ class SqliteDatabase:
             self.closed = True
             for base in list(self._connections):
                 base.close()
-
-
-class Fts:
-    """FTS5 as the index of words: one table per space, so that no space's words weigh in another's ranking; it keeps no text.
-
-    What goes in are the words that `words` finds, so that the index on disk and BM25 in memory agree on what a word is.
-    """
-
-    def __init__(self, database: SqliteDatabase):
-        self._database = database
-
-    def make(self, space: int) -> None:
-        """Make the index of a space."""
-        self._database.do(f"CREATE VIRTUAL TABLE words_{space} USING fts5(text, content='')")
-
-    def drop(self, space: int) -> None:
-        """Remove the index of a space."""
-        self._database.do(f"DROP TABLE words_{space}")
-
-    def add(self, space: int, chunk: int, text: str) -> None:
-        """Index a chunk."""
-        self._database.do(f"INSERT INTO words_{space}(rowid, text) VALUES(?, ?)", chunk, " ".join(words(text)))
-
-    def remove(self, space: int, chunk: int, text: str) -> None:
-        """Forget a chunk; `text` is what was given to `add`."""
-        statement = f"INSERT INTO words_{space}(words_{space}, rowid, text) VALUES('delete', ?, ?)"
-        self._database.do(statement, chunk, " ".join(words(text)))
-
-    def search(self, space: int, asked: Sequence[str], k: int, where: str | None, values: Sequence[Any]) -> list[tuple[int, float]]:
-        """Return (chunk, BM25 score) of chunks with any of the words, best first; `where`: of the messages `m` in conversations `v` alone."""
-        table, match = f"words_{space}", " OR ".join(f'"{word}"' for word in asked)
-        joined = "JOIN chunks c ON c.id = w.rowid JOIN messages m ON m.id = c.message JOIN conversations v ON v.id = m.conversation"
-        question = (
-            f"SELECT w.rowid, -bm25({table}) FROM {table} w {joined if where else ''} WHERE {table} MATCH ? {f'AND {where}' if where else ''} "
-            f"ORDER BY bm25({table}), w.rowid DESC LIMIT ?"
-        )
-        return self._database.all(question, match, *(values if where else ()), k)
-
-    def purge(self, space: int) -> None:
-        """Merge the index into one piece: words of removed chunks stay in older pieces until then."""
-        self._database.do(f"INSERT INTO words_{space}(words_{space}) VALUES('optimize')")

@@ -20,12 +20,13 @@ from typing import Any
 
 from remanence.errors import Mistake, nearest
 from remanence.recall.database import Ids
+from remanence.recall.fts import Fts
 from remanence.recall.items import Message, NewChunk
 from remanence.recall.lock import Lock
 from remanence.recall.rows import PRECISIONS
 from remanence.recall.schema import FORMAT, tables
 from remanence.recall.sql_store import SqlStore
-from remanence.recall.sqlite_database import Fts, SqliteDatabase
+from remanence.recall.sqlite_database import SqliteDatabase
 
 FILE = "recall.sqlite"
 LOCK = "lock"
@@ -59,7 +60,7 @@ class SqliteStore(SqlStore):
         if not write or (embedder is None and not (self.path / FILE).exists()):
             _expect(self.path)
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)  # for its owner alone
         except OSError as error:
             raise Mistake(path, f"cannot be made ({error.strerror})", "name another folder") from error
         self._lock: Lock | None = Lock(self.path / LOCK) if write else None
@@ -87,10 +88,9 @@ class SqliteStore(SqlStore):
 
     def drop_space(self, space: str) -> int:
         """Remove a space with everything in it, and destroy its key; return the number of messages."""
-        count = super().drop_space(space)  # its key goes with the end of the transaction, so that there is none around it here
         with self.transaction():
             self._drop_caches()
-        return count
+            return super().drop_space(space)
 
     def replace(self, message: int, text: str, chunks: Sequence[NewChunk], *, at: float) -> tuple[Message, list[int]]:
         """Give a message another text and other chunks; the old ones are gone."""
@@ -127,8 +127,8 @@ class SqliteStore(SqlStore):
     def scrub(self) -> None:
         """Leave no trace of deleted rows in any file: caches gone, full-text index rebuilt, free pages overwritten, log emptied and truncated."""
         with self.transaction():
-            self._drop_caches()
             due = self._spaces.due()
+            self._drop_caches()
             for (space,) in self._database.all("SELECT id FROM spaces WHERE sealed IS NULL"):
                 self._fts.purge(space)
         self._sqlite.compact()

@@ -1,7 +1,7 @@
-"""Words of a text, and BM25 over them in memory, for the spaces that no full-text index on disk may know.
+"""Words of a text, BM25 over them, and the postings in memory, for the spaces that no full-text index on disk may know.
 
-BM25 (Robertson and Zaragoza 2009) as SQLite's FTS5 computes it: k1 = 1.2, b = 0.75, idf = ln((N - n + 0.5) / (n + 0.5)), at least 1e-6. Cost: the postings
-of a space in memory, about 16 bytes per different word of a text; a query touches the postings of its own words alone.
+BM25 (Robertson and Zaragoza 2009) as SQLite's FTS5 defines it: k1 = 1.2, b = 0.75, idf = ln((N - n + 0.5) / (n + 0.5)), at least 1e-6. Cost of the form in
+memory: 16 bytes per different word of a text; a query touches the postings of its own words alone.
 """
 
 from __future__ import annotations
@@ -30,6 +30,32 @@ def words(text: str) -> list[str]:
 def asked(query: str) -> list[str]:
     """Return the different words of a query, at most `MOST`."""
     return list(dict.fromkeys(words(query)))[:MOST]
+
+
+Postings = list[tuple[Int64[np.ndarray, "M"], Int64[np.ndarray, "M"]]]  # of each word: rows of the texts that have it, how often
+
+
+def bm25(sizes: Int64[np.ndarray, "N"], postings: Postings) -> Float64[np.ndarray, "N"]:
+    """Return the score of every text for the words of a query, 0 where none is shared; `sizes` in words."""
+    scores, total = np.zeros(len(sizes)), len(sizes)
+    mean = sizes.mean() if total else 1.0
+    for rows, counts in postings:
+        idf = max(float(np.log((total - len(rows) + 0.5) / (len(rows) + 0.5))), 1e-6)
+        scores[rows] += idf * counts * 2.2 / (counts + 1.2 * (0.25 + 0.75 * sizes[rows] / mean))
+    return scores
+
+
+def best(
+    ids: Int64[np.ndarray, "N"], scores: Float64[np.ndarray, "N"], k: int, among: Int64[np.ndarray, "M"] | None
+) -> list[tuple[int, float]]:
+    """Return at most `k` (id, score) above 0, best first, ties by the higher id; `among`: of these ids alone."""
+    if among is not None:
+        scores = np.where(np.isin(ids, among), scores, 0.0)
+    found = np.flatnonzero(scores > 0)
+    if len(found) > k > 0:
+        found = found[scores[found] >= np.partition(scores[found], -k)[-k]]  # with all that tie with the last one
+    order = found[np.lexsort((-ids[found], -scores[found]))][:k]
+    return list(zip(ids[order].tolist(), scores[order].tolist()))
 
 
 class Bm25:
@@ -64,27 +90,15 @@ class Bm25:
             for row in np.flatnonzero(np.isin(np.array(self._ids, dtype=np.int64), ids)):
                 self._alive[row] = 0
 
-    def search(self, query: str, k: int, among: Int64[np.ndarray, "M"] | None = None) -> list[tuple[int, float]]:
-        """Return at most `k` (id, score) of texts that share a word with the query, best first, ties by the higher id; `among`: of these ids alone."""
+    def search(self, sought: list[str], k: int, among: Int64[np.ndarray, "M"] | None = None) -> list[tuple[int, float]]:
+        """Return at most `k` (id, score) of texts with any of the words, best first, ties by the higher id; `among`: of these ids alone."""
         with self._mutex:
-            ids, scores = np.array(self._ids, dtype=np.int64), self._scores(query)
-        if among is not None:
-            scores[~np.isin(ids, among)] = 0.0
-        found = np.flatnonzero(scores > 0)
-        best = found[np.lexsort((-ids[found], -scores[found]))][:k]
-        return [(int(ids[row]), float(scores[row])) for row in best]
-
-    def _scores(self, query: str) -> Float64[np.ndarray, "N"]:
-        alive = np.array(self._alive, dtype=bool)
-        sizes = np.array(self._sizes, dtype=np.float64)
-        scores, total = np.zeros(len(alive)), int(alive.sum())
-        mean = sizes[alive].mean() if total else 1.0
-        for word in asked(query):
-            if word not in self._postings:
-                continue
-            rows, times = (np.array(part, dtype=np.int64) for part in self._postings[word])
-            there = alive[rows]
-            rows, counts, n = rows[there], times[there].astype(np.float64), int(there.sum())
-            idf = max(float(np.log((total - n + 0.5) / (n + 0.5))), 1e-6)
-            scores[rows] += idf * counts * 2.2 / (counts + 1.2 * (0.25 + 0.75 * sizes[rows] / mean))
-        return scores
+            alive = np.array(self._alive, dtype=bool)
+            ids, sizes = np.array(self._ids, dtype=np.int64)[alive], np.array(self._sizes, dtype=np.int64)[alive]
+            place, postings = np.cumsum(alive) - 1, []  # row among those that are there
+            for word in sought:
+                if word in self._postings:
+                    rows, counts = (np.array(part, dtype=np.int64) for part in self._postings[word])
+                    there = alive[rows]
+                    postings.append((place[rows[there]], counts[there]))
+        return best(ids, bm25(sizes, postings), k, among)
