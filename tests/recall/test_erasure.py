@@ -514,3 +514,18 @@ def test_a_kill_at_each_step_leaves_the_old_state_or_an_erasure_that_finishes(tm
             patched.setattr(owner, name, dying(getattr(owner, name)))
         assert erase_in_a_process(tmp_path / "store", Selection(person="bo")) is None
     assert old_or_finished(tmp_path / "store", state, gone) == ("old" if place == "before the commit" else "finished")
+
+
+def test_on_a_server_nothing_is_said_about_files_that_cannot_be_read(postgres):
+    embedder = load_embedder("hashing:48")
+    with Recall(postgres(embedder=embedder.name, dim=embedder.dim), embedder, None, load_tokenizer("plain"), SETTINGS) as recall:
+        messages = fill(recall)
+        gone = [message for message in messages if message.person == "bo"]
+        receipt = recall.forget(Selection(space=None, person="bo"))
+        assert receipt["scan"] is None
+        assert receipt["erased"]["messages"] == len(gone)
+        assert recall.messages() == [message for message in messages if message.person != "bo"]
+        checked = check_deletion(receipt, recall, texts=[gone[0].text])
+        assert {what for what, holds, _ in checked if not holds} == {"scan", "residue"}
+        edited = recall.edit(messages[0].id, "Nothing to see here.")
+        assert recall.messages(Selection(ids=(edited.id,))) == [edited]

@@ -12,7 +12,7 @@ receipts can be compared. Without a local key there are no hashes and no signatu
 | ids | of the erased messages, as [first, last] |
 | texts | sorted hashes of the erased texts, up to `LISTED` |
 | echoes | messages of the same spaces that stay and repeat a phrase of an erased text (`residue.ECHO` characters) |
-| scan | files, bytes, byte strings looked for, texts looked for, texts too short for it, found (0 is what one wants); `null`: not scanned |
+| scan | files, bytes, byte strings looked for, texts looked for, texts too short for it, found (0 is what one wants); `null`: not scanned, as on a database server, whose files are out of reach |
 | signature | as of `remanence.receipts` |
 
 Everything but `scan` and the signature is in the store's audit log too, written in the transaction that erased: a receipt that a kill swallowed is given again by
@@ -173,6 +173,8 @@ def check_deletion(
     if same:
         found += [_gone(receipt, store), _logged(receipt, store), _chain(store)]
     if texts:
+        if not store.files():
+            return [*found, ("residue", False, "the files of a server cannot be read from here: nothing was scanned")]
         seen = scan_store(store, texts)
         words = (
             f"{seen.files} files ({seen.bytes} bytes) hold none of the {len(texts) - seen.short} texts" if seen.clean else _told(seen.found)
