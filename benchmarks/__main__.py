@@ -24,6 +24,7 @@ NAMES = (
     "memory_cache",
     "sparsey",
     "recall_speed",
+    "recall_million",
 )
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"

@@ -1,8 +1,8 @@
 """One memory per process for `benchmarks.recall_speed`: ours, chromadb, txtai or mem0; one order per line of input, one JSON line per answer.
 
 `recall_peer.py NAME FOLDER` reads vectors.npy and queries.npy of the folder. Orders: {"do": "add", "first", "last"} stores those vectors with their texts;
-{"do": "search", "query", "k"} finds texts by a query's vector; {"do": "about"} tells the memory that came with it. Each answer has the
-processor's and the wall's seconds. Embedding is left out: every memory is handed the vectors, by whatever way it has for that.
+{"do": "search", "query", "k"} finds texts by a query's vector; {"do": "keep"} writes what a memory has not written yet;
+{"do": "about"} does nothing. Each answer has the processor's and the wall's seconds and the memory that the process has grown by. Embedding is left out: every memory is handed the vectors, by whatever way it has for that.
 """
 
 import json
@@ -78,7 +78,7 @@ class Txtai:
         self.base = Embeddings(
             {"method": "external", "transform": lambda texts: self.given[: len(texts)], "content": True, "backend": "faiss"}
         )
-        self.vectors, self.filled = vectors, False
+        self.vectors, self.filled, self.place = vectors, False, str(folder / "txtai")
 
     def add(self, first: int, last: int) -> None:
         self.given = self.vectors[first:last]
@@ -86,6 +86,10 @@ class Txtai:
         self.base.config["batch"] = self.base.config["encodebatch"] = batch
         (self.base.upsert if self.filled else self.base.index)([(n, text(n), None) for n in range(first, last)])
         self.filled = True
+
+    def keep(self) -> None:
+        """Write it all: the other memories have done so with every batch."""
+        self.base.save(self.place)
 
     def search(self, query: np.ndarray, k: int) -> list[int]:
         self.given = query[None]
@@ -132,7 +136,7 @@ def resident() -> int:
 def main(name: str, folder: Path) -> None:
     """Answer orders until the input ends."""
     out, sys.stdout = sys.stdout, sys.stderr
-    vectors, queries = (np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("vectors", "queries"))
+    vectors, queries = (np.load(folder / f"{part}.npy") for part in ("vectors", "queries"))
     memory = {"remanence": Remanence, "chromadb": Chromadb, "txtai": Txtai, "mem0": Mem0}[name](folder, vectors)
     before = resident()
     for line in sys.stdin:
@@ -142,6 +146,8 @@ def main(name: str, folder: Path) -> None:
         processor, wall = time.process_time(), time.perf_counter()
         if order["do"] == "add":
             memory.add(order["first"], order["last"])
+        elif order["do"] == "keep" and isinstance(memory, Txtai):
+            memory.keep()
         elif query is not None:
             answer["ids"] = memory.search(query, order["k"])
         answer["seconds"] = (time.process_time() - processor, time.perf_counter() - wall)

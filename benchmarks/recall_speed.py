@@ -86,6 +86,7 @@ def memory(name: str, folder: Path) -> Iterator[Ask]:
 def fill(ask: Ask, count: int) -> tuple[float, float]:
     """Add vectors in batches; return processor and wall seconds."""
     seconds = [ask({"do": "add", "first": first, "last": min(first + BATCH, count)})["seconds"] for first in range(0, count, BATCH)]
+    seconds.append(ask({"do": "keep"})["seconds"])
     return sum(one[0] for one in seconds), sum(one[1] for one in seconds)
 
 

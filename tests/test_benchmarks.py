@@ -35,6 +35,8 @@ def _same_threads():
         ("titans_memory", 8),
         ("memory_cache", 9),
         ("sparsey", 3),
+        ("recall_speed", 5),
+        ("recall_million", 3),
     ],
 )
 def test_a_benchmark_prints_and_saves_its_figures(name: str, count: int, tmp_path, monkeypatch, capsys) -> None:

@@ -7,8 +7,9 @@ import pytest
 
 from remanence.errors import Mistake
 from remanence.recall.embedders import embed, load_embedder
-from remanence.recall.items import Chunk, Selection
-from remanence.recall.retrieval import Dense, Hybrid, Lexical, fused, load_retriever
+from remanence.recall.items import Chunk, NewChunk, NewMessage, Selection
+from remanence.recall.retrieval import Dense, Hybrid, Lexical, fused, load_retriever, scaled
+from remanence.recall.sqlite_store import SqliteStore
 
 EMBEDDER = load_embedder("hashing:64")
 
@@ -193,3 +194,34 @@ def test_unknown_names_and_spaces_are_refused(store: ToyStore) -> None:
 def test_fewer_than_one_result_is_none(store: ToyStore) -> None:
     for name in ("dense", "lexical", "hybrid"):
         assert load_retriever(name, store, EMBEDDER).search("red", 0, Selection()) == []
+
+
+def test_scores_are_scaled_by_hand() -> None:
+    assert scaled({1: 0.2, 2: 0.6, 3: 0.4}) == pytest.approx({1: 0, 2: 1, 3: 0.5})
+    assert scaled({1: 0.2, 2: 0.2}) == {1: 1.0, 2: 1.0}
+    assert scaled({}) == {}
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32", "int8"])
+def test_dense_search_of_a_store_is_brute_force_over_its_stored_vectors_and_a_reload_changes_nothing(tmp_path, precision: str) -> None:
+    rng = np.random.default_rng(1)
+    texts = [" ".join(rng.choice(WORDS, 4)) for _ in range(120)]
+    queries = embed(EMBEDDER, ["red house", "anna drinks tea", "clock"])
+
+    def answers(store: SqliteStore) -> list[list[tuple[int, float]]]:
+        dense = Dense(store, EMBEDDER)
+        found = [dense.ranked(query, 15, Selection(space=None)) for query in queries]
+        ids, vectors = (np.concatenate(part) for part in zip(*store.vectors("default"), *store.vectors("b")))
+        scores = [np.float32((vectors.astype(np.float64) * query.astype(np.float64)).sum(1)) for query in queries]
+        assert found == [[(int(ids[n]), float(one[n])) for n in np.lexsort((-ids, -one))[:15]] for one in scores]
+        return found
+
+    with SqliteStore(tmp_path / "store", embedder=EMBEDDER.name, dim=EMBEDDER.dim, precision=precision) as store:
+        for number, (text, vector) in enumerate(zip(texts, embed(EMBEDDER, texts))):
+            store.append("default" if number % 2 else "b", "talk", NewMessage("user", text), [NewChunk(0, len(text), vector)])
+        before = answers(store)
+        store.delete(store.ids(Selection())[::3].tolist())
+        after = answers(store)
+        assert after != before
+    with SqliteStore(tmp_path / "store", write=False) as store:
+        assert answers(store) == after

@@ -12,7 +12,7 @@ from remanence.recall.items import NewChunk, NewMessage, Selection
 from remanence.recall.sqlite_store import SqliteStore
 from remanence.recall.vector_cache import Graph, cache_file
 from remanence.recall.vector_index import VectorIndex
-from remanence.recall.vector_spaces import VectorSpaces
+from remanence.recall.vector_spaces import Held, VectorSpaces
 from remanence.seeds import numpy_generator
 
 pytest.importorskip("usearch")
@@ -192,3 +192,16 @@ def test_a_cache_that_cannot_be_written_stops_no_search(store: SqliteStore) -> N
     (store.path / "vectors").write_text("in the way")
     held = spaces(store)
     assert held.search("default", vectors(COUNT, "rows")[7], 1)[0].tolist() == [8]
+
+
+def test_closing_the_store_ends_the_making_of_a_graph(store: SqliteStore, monkeypatch) -> None:
+    held = VectorSpaces(store, above=100, threads=1)
+    held._held["default"] = Held(VectorIndex(DIM, 64))
+    added, add = [], Graph.add
+    monkeypatch.setattr(
+        Graph, "add", lambda graph, ids, rows, threads=1: (store.close(), added.append(len(ids)), add(graph, ids, rows, threads))
+    )
+    held.of("default")
+    held.wait()
+    assert added == [64]
+    assert not (store.path / "vectors").exists()

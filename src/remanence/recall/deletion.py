@@ -12,7 +12,7 @@ receipts can be compared. Without a local key there are no hashes and no signatu
 | ids | of the erased messages, as [first, last] |
 | texts | sorted hashes of the erased texts, up to `LISTED` |
 | echoes | messages of the same spaces that stay and repeat a phrase of an erased text (`residue.ECHO` characters) |
-| scan | files, bytes, byte strings looked for, texts looked for, texts too short for it, found (0 is what one wants); `null`: not scanned |
+| scan | files, bytes, byte strings looked for, texts looked for, texts too short for it, found (0 is what one wants); `null`: not scanned, as on a database server, whose files are out of reach |
 | signature | as of `remanence.receipts` |
 
 Everything but `scan` and the signature is in the store's audit log too, written in the transaction that erased: a receipt that a kill swallowed is given again by
@@ -128,11 +128,19 @@ def checked_form(receipt: object, place: object = "receipt") -> None:
         raise Mistake(place, "is no receipt of deletion", remedy)
     kinds: dict[str, Any] = {"id": str, "store": str, "asked": dict, "erased": dict, "ids": list, "texts": list | None, "scan": dict | None}
     wrong = next((name for name, kind in kinds.items() if not isinstance(receipt.get(name), kind)), None)
-    pairs = receipt["ids"] if wrong is None else []
-    if wrong is None and not all(isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in pairs):
+    if wrong is None and not all(
+        isinstance(pair, list) and len(pair) == 2 and all(type(n) is int for n in pair) for pair in receipt["ids"]
+    ):
         wrong = "ids"
-    if wrong is None and not all(abs(n) < 2**62 for pair in pairs for n in pair):
+    if wrong is None and not all(abs(n) < 2**62 for pair in receipt["ids"] for n in pair):
         wrong = "ids"
+    if wrong is None and not all(isinstance(text, str) for text in receipt["texts"] or ()):
+        wrong = "texts"
+    if wrong is None:
+        try:
+            canonical(receipt)
+        except (ValueError, TypeError, RecursionError):
+            wrong = "text"  # half a surrogate pair, a loop
     if wrong is not None:
         raise Mistake(place, f"'{wrong}' is not what a receipt holds there", remedy)
 
@@ -165,6 +173,8 @@ def check_deletion(
     if same:
         found += [_gone(receipt, store), _logged(receipt, store), _chain(store)]
     if texts:
+        if not store.files():
+            return [*found, ("residue", False, "the files of a server cannot be read from here: nothing was scanned")]
         seen = scan_store(store, texts)
         words = (
             f"{seen.files} files ({seen.bytes} bytes) hold none of the {len(texts) - seen.short} texts" if seen.clean else _told(seen.found)

@@ -135,7 +135,7 @@ def _cleaned(recall: Recall, body: dict[str, Any], doomed: Doomed, look: bool) -
         recall.retriever.refresh()
         store.scrub()
         texts, vectors = _looked(doomed.texts), doomed.vectors
-        seen = scan_store(store, texts, vectors) if look else None
+        seen = scan_store(store, texts, vectors) if look and store.files() else None  # the files of a server cannot be read from here
         told = None
         if seen is not None:
             told = {"files": seen.files, "bytes": seen.bytes, "needles": seen.needles, "texts": len(texts), "vectors": len(vectors)}

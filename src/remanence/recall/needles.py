@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import json
 import re
 import unicodedata
@@ -26,6 +27,7 @@ SHORTEST = 8  # bytes: the matcher's key, and about what chance does not hit in 
 ECHO = 24  # characters: a phrase that long is a quotation
 LONGEST = 256  # bytes of a needle that are compared
 BLOCK = 1 << 22
+TOGETHER = 500  # messages looked through at once
 _MIX = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -126,7 +128,14 @@ def echoing(texts: Iterable[str], messages: Iterable[Message]) -> list[int]:
     """Return the ids of the messages that repeat a piece of `ECHO` characters of one of the texts, or a whole one of half of that."""
     pieces = {as_bytes(piece).lower() for text in texts for piece in _long(folded(text))}
     matcher = Matcher(piece for piece in pieces if _speaks(piece))
-    return [message.id for message in messages if next(matcher.find(as_bytes(folded(message.text))), None)] if len(matcher.keys) else []
+    found: list[int] = []
+    messages = iter(messages if len(matcher.keys) else ())
+    while some := list(itertools.islice(messages, TOGETHER)):
+        written = [as_bytes(folded(message.text)) + b"\0" for message in some]
+        ends = np.cumsum([len(one) for one in written])
+        places = [place for place, _ in matcher.find(b"".join(written))]
+        found += [some[at].id for at in np.unique(np.searchsorted(ends, places, side="right")).tolist()]
+    return found
 
 
 def _long(text: str) -> Iterator[str]:
@@ -140,9 +149,10 @@ def _cuts(text: str) -> Iterator[tuple[str, str]]:
     last = max(len(text) - PIECE, 0)
     for start in sorted({*range(0, last, PIECE), last}):
         yield text[start : start + PIECE], "piece"
-    for word in set(re.findall(r"\w{4,}", folded(text))):
-        ends = range(0, len(word) - 3)  # short endings fall out by their bytes
-        yield from ((word[end:], "word") for end in ends if len(word[end:].encode("utf-8", "surrogatepass")) >= SHORTEST)
+    for word in set(re.findall(r"\w{4,40}", folded(text))):  # longer ones are what pieces are for
+        written = as_bytes(word)
+        last = max(len(written) - SHORTEST, -1)
+        yield from ((written[end:].decode(errors="ignore"), "word") for end in range(last + 1))
 
 
 def folded(text: str) -> str:

@@ -5,7 +5,7 @@
 | `Dense` | cosine of the query's vector and the chunk's | cosine |
 | `Lexical` | BM25 over the words | bm25 |
 | `Hybrid`, how=`rrf` | reciprocal rank fusion of both lists, sum of 1 / (60 + rank) (Cormack et al. 2009) | cosine, bm25 (where it was found by words), rrf |
-| `Hybrid`, how=`weighted` | weight * cosine + (1 - weight) * bm25 / highest bm25 | cosine, bm25, weighted |
+| `Hybrid`, how=`weighted` | weight * cosine + (1 - weight) * bm25, each scaled to 0..1 over the candidates | cosine, bm25, weighted |
 
 All obey the selection, whose messages the store names, and break ties by the higher (younger) id. Cost: one embedding and one pass over the vectors (Dense), one
 look into the full-text index (Lexical), both (Hybrid).
@@ -143,8 +143,8 @@ class Hybrid:
         if self.how == "rrf":
             scores = fused([near, worded], [2 * self.weight, 2 - 2 * self.weight])
         else:
-            top = max([*bm25.values(), 1e-9])
-            scores = {id: self.weight * cosine + (1 - self.weight) * max(0.0, bm25.get(id, 0.0)) / top for id, cosine in cosines.items()}
+            near_part, word_part = scaled(cosines), scaled({id: bm25.get(id, 0.0) for id in cosines})
+            scores = {id: self.weight * near_part[id] + (1 - self.weight) * word_part[id] for id in cosines}
         found = in_order(scores.items())[:k]
         parts = {id: {"cosine": cosines[id], **({"bm25": bm25[id]} if id in bm25 else {}), self.how: score} for id, score in found}
         return hits(self.store, found, parts)
@@ -187,6 +187,12 @@ def fused(rankings: Sequence[Ranked], weights: Sequence[float]) -> dict[int, flo
         for rank, (id, _) in enumerate(ranking, 1):
             scores[id] = scores.get(id, 0.0) + weight / (RANK + rank)
     return scores
+
+
+def scaled(scores: Mapping[int, float]) -> dict[int, float]:
+    """Return scores moved and stretched to 0..1; all 1 where they are equal."""
+    low, high = min(scores.values(), default=0.0), max(scores.values(), default=0.0)
+    return {id: (score - low) / (high - low) if high > low else 1.0 for id, score in scores.items()}
 
 
 def in_order(found: Iterable[tuple[int, float]]) -> Ranked:

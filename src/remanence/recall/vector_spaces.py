@@ -171,6 +171,7 @@ class VectorSpaces:
                 if graph is None:
                     graph = Graph(held.index.dim)
                     for ids, rows in held.index.blocks():
+                        self.store.version(space)  # a store that was closed, or a space that was dropped, ends it here
                         graph.add(ids, rows, self.threads)
                 with held.turn:
                     held.graph, held.saved = graph, saved
