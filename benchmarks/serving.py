@@ -28,7 +28,8 @@ def _serve(folder: Path, limit: int | None, pipe: Any) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     settings = ServerSettings(keys=folder / "access.json", rate=0)
-    serve(Recall.open(folder / "memory", embedder="hashing"), "127.0.0.1", 0, settings, say=pipe.send)
+    recall = Recall.open(folder / "memory", embedder="hashing", forgetting=False)  # no pruning: every message keeps its chunks
+    serve(recall, "127.0.0.1", 0, settings, say=pipe.send)
 
 
 @dataclass

@@ -156,7 +156,7 @@ def test_tenants_never_see_each_other(served, ask):
     # above spaces
     for path, body in (("/v1/forget/preview", {"person": "bo"}), ("/v1/forget", {"person": "bo", "confirm": "0" * 64})):
         assert ours.post(path, json=body).status_code == 403
-    assert ours.get("/v1/stats").status_code == ours.get("/v1/log").status_code == 403
+    assert [ours.get(path).status_code for path in ("/v1/stats", "/v1/log", "/v1/receipts")] == [403] * 3
     assert ask.get(f"/v1/spaces/theirs/messages/{theirs['id']}").json()["text"] == "The launch is on Friday"
 
 
@@ -363,6 +363,7 @@ def test_forgetting_needs_a_preview_and_takes_what_it_showed(ask):
     assert checked
     assert all(one["holds"] for one in checked), checked
     assert ask.get("/v1/log").json()
+    assert [one["id"] for one in ask.get("/v1/receipts").json()] == [receipt.json()["id"]]
 
 
 def test_a_person_is_forgotten_in_every_space(ask):

@@ -288,6 +288,15 @@ def audit_log(request: Request, recall: Memory, after: Annotated[int, Query(ge=0
     return recall.store.audit_log(after)
 
 
+@router.get("/receipts", tags=["forgetting"])
+def receipts(request: Request, recall: Memory) -> list[dict[str, Any]]:
+    """List the receipts of everything that was erased; needs a key that sees all spaces."""
+    from remanence.recall.deletion import receipts_of
+
+    _everywhere(request)
+    return receipts_of(recall.store)
+
+
 @router.post("/receipts/verify", tags=["forgetting"])
 def verify(recall: Memory, body: ask.Shown) -> list[dict[str, Any]]:
     """Check a receipt: each thing that was checked, whether it holds, and the words for it."""
