@@ -268,6 +268,15 @@ def test_answers_carry_a_strict_policy_and_are_not_kept(ask):
     assert answer.headers["referrer-policy"] == "no-referrer"
 
 
+def test_the_openapi_page_says_how_to_sign_in_and_documents_every_route(ask):
+    told = ask.get("/openapi.json").json()
+    assert "HTTPBearer" in told["components"]["securitySchemes"]
+    for path, methods in told["paths"].items():
+        for method, route in methods.items():
+            assert route["description"], (method, path)
+            assert path == "/health" or route["security"] == [{"HTTPBearer": []}]
+
+
 # What it serves.
 
 

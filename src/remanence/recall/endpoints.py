@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import StreamingResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from remanence.errors import Mistake
@@ -23,7 +24,10 @@ from remanence.recall.items import Fact, Hit, Message, Prompt, Selection
 from remanence.recall.service import Recall
 from remanence.recall.transfer import lines_of
 
-router = APIRouter(prefix="/v1")
+KEYED = Depends(
+    HTTPBearer(auto_error=False, description="the key that `remanence recall serve` printed")
+)  # for the OpenAPI page; `Guard` checks it
+router = APIRouter(prefix="/v1", dependencies=[KEYED])
 
 
 def memory(request: Request) -> Recall:

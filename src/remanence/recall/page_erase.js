@@ -96,7 +96,8 @@ async function erase() {
     if (!spaces.some((one) => one.name === at.space)) at.space = spaces[0]?.name ?? "default";
     showSpaces(spaces);
     $("space").value = at.space;
-    await (at.found ? search() : refresh());
+    const known = await overview();
+    await (at.found && known ? search() : showConversation(known));
   } finally {
     $("erase-go").disabled = false;
   }

@@ -123,8 +123,9 @@ def _file(name: str, kind: str) -> Callable[[], Response]:
 
 def _mistake(request: Request, error: Exception) -> Response:
     assert isinstance(error, Mistake)
-    failed = isinstance(error.__cause__, OSError) or type(error.__cause__).__module__ == "sqlite3"  # the disk's fault, not the caller's
-    return refusal(507 if failed else 400, error.problem, error.remedy, error.place)
+    cause = type(error.__cause__).__module__.partition(".")[0]
+    full = isinstance(error.__cause__, OSError) or cause == "sqlite3"  # the disk's fault, not the caller's
+    return refusal(507 if full else 503 if cause == "psycopg" else 400, error.problem, error.remedy, error.place)
 
 
 def _invalid(request: Request, error: Exception) -> Response:
@@ -179,7 +180,9 @@ def serve(
             say(f"The page, signed in: {address}/#key={secret}")
         app = make_app(recall, settings, routers=routers, mounts=mounts)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        config = uvicorn.Config(app, access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=settings.patience)
+        config = uvicorn.Config(
+            app, access_log=False, log_config=None, server_header=False, proxy_headers=False, timeout_graceful_shutdown=settings.patience
+        )
         with _ending_here():
             uvicorn.Server(config).run(sockets=[listener])
     finally:
