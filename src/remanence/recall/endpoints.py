@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import hmac
 import json
+from itertools import chain, islice
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request
@@ -181,7 +182,8 @@ def prompt(space: Space, recall: Memory, body: ask.Composing) -> Prompt:
 def export(space: Space, recall: Memory, which: Annotated[ask.Which, Depends(ask.in_query)]) -> StreamingResponse:
     """Stream messages and facts as JSON lines, as `remanence recall import` takes them."""
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines_of(recall, which.selection(space)))
-    return StreamingResponse(lines, media_type="application/x-ndjson")
+    begun = list(islice(lines, 1))  # what is refused is refused here, before the answer begins
+    return StreamingResponse(chain(begun, lines), media_type="application/x-ndjson")
 
 
 # Facts.
