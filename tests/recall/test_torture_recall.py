@@ -9,6 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from benchmarks import serving
 from benchmarks import torture_recall as torture
 
 PARTS = {
@@ -29,7 +30,7 @@ def test_nothing_is_lost(part, tmp_path):
 
 
 def test_a_loss_and_a_double_would_be_told():
-    book = torture.Book(there={"a": 1, "b": 2}, gone={"c"})
+    book = serving.Book(there={"a": 1, "b": 2}, gone={"c"})
     assert book.wrong(["a", "b"]) == []
     assert book.wrong(["a", "a", "c"]) == ["lost: b", "doubled: a", "came back: c"]
 
@@ -37,12 +38,12 @@ def test_a_loss_and_a_double_would_be_told():
 def test_a_hole_in_a_store_would_be_told(tmp_path):
     import sqlite3
 
-    with torture.Recall.open(tmp_path / "memory", embedder="hashing") as recall:
+    with serving.Recall.open(tmp_path / "memory", embedder="hashing") as recall:
         recall.add("one")
         recall.add("two")
-    assert torture.holes(tmp_path) == []
+    assert serving.holes(tmp_path) == []
     base = sqlite3.connect(tmp_path / "memory" / "recall.sqlite")
     base.execute("DELETE FROM chunks WHERE id = 1")
     base.commit()
     base.close()
-    assert any("has no chunk" in one for one in torture.holes(tmp_path))
+    assert any("has no chunk" in one for one in serving.holes(tmp_path))

@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from remanence.errors import Mistake
-from remanence.recall import endpoints
+from remanence.recall import endpoints, erasing
 from remanence.recall.access import Guard, Keys, loopback, refusal
 from remanence.recall.service import Recall
 
@@ -91,8 +91,7 @@ def make_app(
         redoc_url=None,
     )
     app.state.recall, app.state.secret = recall, secrets.token_bytes(32)
-    app.include_router(endpoints.router)
-    for extra in routers:
+    for extra in (endpoints.router, erasing.router, *routers):
         app.include_router(extra)
     for path, kind in PAGE.items():
         app.add_api_route(path, _file(path[1:] or "page.html", kind), include_in_schema=False)
