@@ -104,9 +104,10 @@ def kills(folder: Path, times: int, seed: int = 0) -> tuple[str, list[str]]:
                                 book.there[new] = there
 
     for turn in range(times):
-        serving = start(folder, key, ready=key is None)
+        early = turn % 4 == 1  # while it is just opening the store for its clients
+        serving = start(folder, key, ready=not early)
         key = serving.key
-        instant = float(draw.random() * (0.3 if turn % 4 == 0 else 2.0))  # some while it is just opening the store for its clients
+        instant = float(draw.random() * (0.3 if early else 2.0))
         with ThreadPoolExecutor(4) as pool:
             asks = [serving.client() for _ in range(4)]
             for who, ask in enumerate(asks):
