@@ -69,7 +69,7 @@ def start(folder: Path, key: str | None = None, *, limit: int | None = None, rea
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(folder, limit, sender))
+    process = context.Process(target=_serve, args=(folder, limit, sender), daemon=True)  # it ends with this one, whatever happens
     process.start()
     sender.close()
     told = [receiver.recv() for _ in range(3 if key is None else 1)]
