@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from remanence.errors import Mistake, nearest
-from remanence.recall import transfer
+from remanence.recall import erasure, transfer
 from remanence.recall.compose import compose
 from remanence.recall.gist import Compact
 from remanence.recall.items import DEFAULT, Chunk, Fact, Gist, Hit, Message, NewMessage, Prompt, Selection
@@ -25,7 +25,7 @@ from remanence.recall.retrieval import load_retriever
 from remanence.recall.settings import HemaSettings
 from remanence.recall.summarizers import Extractive, load_summarizer
 from remanence.recall.tokenizers import load_tokenizer
-from remanence.recall.turns import BATCH, Turns
+from remanence.recall.turns import BATCH, Turns, spelled
 from remanence.training.progress import watched
 
 DEFAULTS = HemaSettings()
@@ -133,7 +133,7 @@ class Recall:
 
     def search(self, query: str, k: int = 10, selection: Selection = HERE) -> list[Hit]:
         """Return the best chunks for a query, best first."""
-        return self.retriever.search(query, k, selection) if query.strip() and k > 0 else []
+        return self.retriever.search(spelled("query", query), k, selection) if query.strip() and k > 0 else []
 
     def compose(
         self,
@@ -172,8 +172,8 @@ class Recall:
         prompt = compose(
             self.tokenizer,
             self.settings.budget if budget is None else budget,
-            user=user_text,
-            system=system,
+            user=spelled("user turn", user_text),
+            system=spelled("system", system),
             gist=self.compact.visible(self.store.gists(space, conversation)) if known and self.settings.compact else "",
             facts=[fact.text for fact in self.store.facts(space, pinned=True) if fact.conversation in (None, conversation)]
             if known
@@ -205,20 +205,14 @@ class Recall:
 
     def edit(self, message_id: int, text: str) -> Message:
         """Give a message another text; the old one is erased everywhere, gists included."""
-        from remanence.recall import erasure
-
         return erasure.edit(self, message_id, text)
 
-    def preview(self, selection: Selection) -> Any:
+    def preview(self, selection: Selection) -> erasure.Preview:
         """Return what `forget` would remove, without removing it."""
-        from remanence.recall import erasure
-
         return erasure.preview(self, selection)
 
     def forget(self, selection: Selection, *, reason: str = "") -> dict[str, Any]:
         """Erase messages with everything that was made of them; return the receipt."""
-        from remanence.recall import erasure
-
         return erasure.erase(self, selection, reason)
 
     def gist(self, space: str = DEFAULT, conversation: str = DEFAULT) -> str:
