@@ -73,7 +73,7 @@ class Reply:
         try:
             content = json.loads(data)
             choices = content.get("choices")
-            first = next((choice for choice in choices if choice.get("index", 0) == 0), {})
+            first: Any = next((choice for choice in choices if choice.get("index", 0) == 0), {})
             finish, message, model = first.get("finish_reason"), first.get(part) or {}, content.get("model")
             text = raw_text(message)
         except (ValueError, TypeError, AttributeError, RecursionError):
@@ -111,7 +111,7 @@ class Keeper:
             if self._user is not None:
                 await self._user
             if reply.text.strip():
-                marks = {} if reply.whole else {"aborted": True}
+                marks: dict[str, Any] = {} if reply.whole else {"aborted": True}
                 marks |= {"finish": reply.finish} if reply.finish not in (None, "stop") else {}
                 await self._add("assistant", reply.text, marks | ({"model": reply.model[:200]} if reply.model else {}))
 
@@ -121,10 +121,13 @@ class Keeper:
         except Mistake as error:  # the model's answer is paid for: it is passed on though it could not be stored
             self._problem = f"not stored: {error.problem}"
             LOG.error("a turn was not stored: %s", error.place)
+        except Exception as error:  # nor does a fault of the memory take the answer away
+            self._problem = f"not stored: the memory failed ({type(error).__name__})"
+            LOG.error("a turn was not stored: %s", type(error).__name__)
 
     def _write(self, role: str, text: str, meta: dict[str, Any]) -> Message:
         call = self._call
-        key = f"{call.key}/{role}" if call.key else None
+        key = f"proxy/{role}/{call.key}" if call.key else None
         return self._recall.add(text, role=role, space=call.space, conversation=call.conversation, person=call.person, meta=meta, key=key)
 
     def told(self) -> dict[str, str]:

@@ -11,7 +11,8 @@ the space's vectors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ class Recall:
         budget: int | None = None,
         scope: str = "space",
         used: bool = True,
+        seen: Collection[str] = (),
     ) -> Prompt:
         """Compose the prompt for a user's turn, which may have been added already or not.
 
@@ -155,6 +157,7 @@ class Recall:
             budget: tokens at most; by default the settings'.
             scope: retrieve from the whole space, or from the conversation alone.
             used: note the retrieved chunks as used at this turn; `False` for a preview.
+            seen: texts that the model is shown anyway (a client's own history): chunks of them are not retrieved again.
 
         Raises:
             Mistake: system, compact memory and the turn alone are over the budget.
@@ -168,7 +171,7 @@ class Recall:
         current = last[-1] if last and last[-1].role == "user" and last[-1].text == user_text else None
         tail = last[:-1] if current is not None else last
         tail = tail if most is None else tail[len(tail) - min(most, len(tail)) :]
-        hits = self._retrieved(user_text, here if scope == "conversation" else Selection(space), tail, current) if known else []
+        hits = self._retrieved(user_text, here if scope == "conversation" else Selection(space), tail, current, seen) if known else []
         prompt = compose(
             self.tokenizer,
             self.settings.budget if budget is None else budget,
@@ -186,13 +189,16 @@ class Recall:
             self._touch([hit.chunk for hit in hits if hit.chunk.id in prompt.chunk_ids], conversation, now)
         return prompt
 
-    def _retrieved(self, query: str, selection: Selection, tail: Sequence[Message], current: Message | None) -> list[Hit]:
-        """Return the best chunks that are neither in the tail nor the current turn itself."""
+    def _retrieved(
+        self, query: str, selection: Selection, tail: Sequence[Message], current: Message | None, seen: Collection[str]
+    ) -> list[Hit]:
+        """Return the best chunks that are neither in the tail nor the current turn itself, and in no text that is seen anyway."""
         if not self.settings.vectors or not self.settings.top_k:
             return []
         there = {message.id for message in tail} | ({current.id} if current is not None else set())
-        pool = self.search(query, self.settings.pool + len(there), selection)
-        return [hit for hit in pool if hit.chunk.message not in there][: min(self.settings.pool, self.settings.top_k)]
+        pool = self.search(query, self.settings.pool + len(there) + len(seen), selection)
+        fresh = (hit for hit in pool if hit.chunk.message not in there and not _is_in(hit.chunk.text, seen))
+        return list(islice(fresh, min(self.settings.pool, self.settings.top_k)))
 
     def _touch(self, chunks: Sequence[Chunk], conversation: str, now: int) -> None:
         """Note that chunks of a space entered a prompt, each at the turn at which its own conversation is."""
@@ -283,3 +289,8 @@ class Recall:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _is_in(text: str, seen: Collection[str]) -> bool:
+    """Return whether a text is one of those that are seen, or a piece of one."""
+    return text in seen or any(text in whole for whole in seen)

@@ -17,8 +17,20 @@ from remanence.errors import Mistake
 from remanence.recall.openai_client import clean_address, key_for
 
 DROPPED = frozenset(  # of an answer: what belongs to one connection, is set anew, or is meant for no one further
-    ("connection", "content-encoding", "content-length", "date", "keep-alive", "proxy-authenticate", "server", "set-cookie", "trailer")
-    + ("transfer-encoding", "upgrade", "www-authenticate")
+    [
+        "connection",
+        "content-encoding",
+        "content-length",
+        "date",
+        "keep-alive",
+        "proxy-authenticate",
+        "server",
+        "set-cookie",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "www-authenticate",
+    ]
 )
 
 
@@ -41,9 +53,10 @@ class Answer:
 
 
 class Upstream(Protocol):
-    """A model behind the OpenAI interface."""
+    """A model behind the OpenAI interface; `context` is how many tokens it reads, where that is known."""
 
     name: str
+    context: int | None
 
     async def open(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
         """Send a request to `path` (`chat/completions`, `models`) and return the answer as soon as its status is known.
@@ -70,6 +83,7 @@ class HttpUpstream:
 
     def __init__(self, url: str, key: str | None = None, *, timeout: float = 600.0, transport: httpx.AsyncBaseTransport | None = None):
         self.name = clean_address(url)
+        self.context: int | None = None
         found = key_for(self.name, key)
         headers = {"authorization": f"Bearer {found}"} if found else {}
         waits = httpx.Timeout(timeout, connect=min(timeout, 10.0))
@@ -87,7 +101,11 @@ class HttpUpstream:
             raise Silent(self.name, f"does not answer ({type(error).__name__})", "try again, or look whether it is overloaded") from None
         except httpx.TransportError as error:
             raise Mistake(self.name, f"cannot be reached ({type(error).__name__})", "check that it is running and its address") from None
-        kept = {name: value for name, value in answer.headers.items() if name not in DROPPED and not name.startswith("x-remanence")}
+        kept = {
+            name: value
+            for name, value in answer.headers.items()
+            if name not in DROPPED and not name.startswith("x-remanence") and value.isascii()  # others cannot be sent on as they were
+        }
         return Answer(answer.status_code, kept, _pieces(answer), answer.aclose)
 
     async def close(self) -> None:
