@@ -1,4 +1,4 @@
-"""A recall server in a process of its own: a fork of this one (its imports are done), which may be ended by any signal."""
+"""A recall server in a process of its own (a fork of this one: its imports are done), and the book of what it acknowledged, to be held against its store."""
 
 from __future__ import annotations
 
@@ -7,15 +7,22 @@ import multiprocessing
 import os
 import resource
 import signal
+import sqlite3
+import threading
 import time
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
+from remanence.recall.items import Selection
 from remanence.recall.server import ServerSettings, serve
 from remanence.recall.service import Recall
+
+EVERY = Selection(space=None)
 
 
 def _serve(folder: Path, limit: int | None, pipe: Any) -> None:
@@ -28,7 +35,8 @@ def _serve(folder: Path, limit: int | None, pipe: Any) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     settings = ServerSettings(keys=folder / "access.json", rate=0)
-    serve(Recall.open(folder / "memory", embedder="hashing"), "127.0.0.1", 0, settings, say=pipe.send)
+    recall = Recall.open(folder / "memory", embedder="hashing", forgetting=False)  # no pruning: every message keeps its chunks
+    serve(recall, "127.0.0.1", 0, settings, say=pipe.send)
 
 
 @dataclass
@@ -61,7 +69,7 @@ def start(folder: Path, key: str | None = None, *, limit: int | None = None, rea
     """
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(folder, limit, sender))
+    process = context.Process(target=_serve, args=(folder, limit, sender), daemon=True)  # it ends with this one, whatever happens
     process.start()
     sender.close()
     told = [receiver.recv() for _ in range(3 if key is None else 1)]
@@ -73,3 +81,43 @@ def start(folder: Path, key: str | None = None, *, limit: int | None = None, rea
             break
         time.sleep(0.01)
     return serving
+
+
+@dataclass
+class Book:
+    """What a server acknowledged: texts that must be there, and texts that must not; what it did not answer may be either."""
+
+    there: dict[str, int] = field(default_factory=dict)
+    gone: set[str] = field(default_factory=set)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def wrong(self, texts: Sequence[str]) -> list[str]:
+        """Name what a store's texts should be and are not."""
+        held = Counter(texts)
+        found = [f"lost: {text}" for text in self.there if text not in held]
+        found += [f"doubled: {text}" for text, count in held.items() if count > 1]
+        return found + [f"came back: {text}" for text in self.gone if text in held]
+
+
+def holes(folder: Path) -> list[str]:
+    """Name what is wrong inside a closed store: damaged pages, turns that are missing or doubled, messages without chunks, chunks without vectors."""
+    with contextlib.closing(sqlite3.connect(folder / "memory" / "recall.sqlite")) as base:
+        found = [f"integrity: {row[0]}" for row in base.execute("PRAGMA integrity_check") if row[0] != "ok"]
+        found += [f"foreign key: {row[0]}" for row in base.execute("PRAGMA foreign_key_check")]
+    with Recall.open(folder / "memory") as recall:
+        for space in recall.spaces():
+            ids = recall.store.chunk_ids(Selection(space=space))
+            with_chunks = {chunk.message for chunk in recall.store.chunks(ids.tolist())}
+            messages = recall.messages(Selection(space=space))
+            found += [f"message {one.id} has no chunk" for one in messages if one.id not in with_chunks]
+            vectors = sum(len(block) for block, _ in recall.store.vectors(space))
+            found += [f"{space}: {len(ids)} chunks, {vectors} vectors"] if vectors != len(ids) else []
+            doubled = [place for place, count in Counter((one.conversation, one.turn) for one in messages).items() if count > 1]
+            found += [f"{space}: turn {place} twice" for place in doubled]
+    return found
+
+
+def texts_of(folder: Path) -> list[str]:
+    """Return the texts of all messages of a closed store."""
+    with Recall.open(folder / "memory") as recall:
+        return [one.text for one in recall.messages(EVERY)]

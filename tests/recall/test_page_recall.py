@@ -172,6 +172,32 @@ def test_a_person_is_erased_after_a_preview(page, site):
     page.until("document.querySelectorAll('.message').length === 2")
 
 
+def test_what_was_found_is_erased_and_the_figures_follow(page, site):
+    page.run("document.getElementById('query').value = 'Lisbon'; document.getElementById('search').requestSubmit()")
+    page.until("document.querySelector('.score')")
+    count = page.run("document.querySelectorAll('.message').length")
+    page.run("document.getElementById('erase-some').click()")
+    page.until("document.getElementById('erase').open")
+    page.run("document.getElementById('erase-look').click()")
+    page.until("document.querySelector('.seen')")
+    assert f"{count}messages" in page.run("document.querySelector('.tally').textContent")
+    page.run("document.getElementById('erase-go').click()")
+    page.until("document.querySelector('.seen.done')")
+    left = 153 - count
+    page.until(f"document.getElementById('figures').textContent.startsWith('{left} messages')")
+
+
+def test_receipts_are_listed_and_checked(page, site):
+    site[1].forget(Selection(conversation="moving"), reason="ticket 7")
+    page.run("document.getElementById('tab-receipts').click()")
+    page.until("document.querySelector('#receipts li')")
+    assert "Erased: 3 messages" in page.run("document.querySelector('#receipts li').textContent")
+    assert "nothing left in any file" in page.run("document.querySelector('#receipts li').textContent")
+    page.run("[...document.querySelectorAll('#receipts button')].at(-1).click()")
+    page.until("document.querySelectorAll('#checks .yes').length > 2")
+    assert page.run("document.querySelectorAll('#checks .no').length") == 0
+
+
 def test_cancelling_erases_nothing(page, site):
     page.run("document.getElementById('erase-some').click()")
     page.until("document.getElementById('erase').open")

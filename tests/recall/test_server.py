@@ -156,7 +156,7 @@ def test_tenants_never_see_each_other(served, ask):
     # above spaces
     for path, body in (("/v1/forget/preview", {"person": "bo"}), ("/v1/forget", {"person": "bo", "confirm": "0" * 64})):
         assert ours.post(path, json=body).status_code == 403
-    assert ours.get("/v1/stats").status_code == ours.get("/v1/log").status_code == 403
+    assert [ours.get(path).status_code for path in ("/v1/stats", "/v1/log", "/v1/receipts")] == [403] * 3
     assert ask.get(f"/v1/spaces/theirs/messages/{theirs['id']}").json()["text"] == "The launch is on Friday"
 
 
@@ -268,6 +268,15 @@ def test_answers_carry_a_strict_policy_and_are_not_kept(ask):
     assert answer.headers["referrer-policy"] == "no-referrer"
 
 
+def test_the_openapi_page_says_how_to_sign_in_and_documents_every_route(ask):
+    told = ask.get("/openapi.json").json()
+    assert "HTTPBearer" in told["components"]["securitySchemes"]
+    for path, methods in told["paths"].items():
+        for method, route in methods.items():
+            assert route["description"], (method, path)
+            assert path == "/health" or route["security"] == [{"HTTPBearer": []}]
+
+
 # What it serves.
 
 
@@ -343,6 +352,13 @@ def test_export_is_what_import_takes(served, ask, tmp_path):
     assert load(served.recall, tmp_path / "out.jsonl", "copy") == 5
 
 
+def test_an_export_that_is_refused_is_refused_before_it_begins(ask):
+    say(ask, "something")
+    answer = ask.get("/v1/spaces/ours/export", params={"first": 1})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["problem"]
+
+
 def test_forgetting_needs_a_preview_and_takes_what_it_showed(ask):
     for n in range(3):
         say(ask, f"from eva {n}", person="eva")
@@ -363,6 +379,7 @@ def test_forgetting_needs_a_preview_and_takes_what_it_showed(ask):
     assert checked
     assert all(one["holds"] for one in checked), checked
     assert ask.get("/v1/log").json()
+    assert [one["id"] for one in ask.get("/v1/receipts").json()] == [receipt.json()["id"]]
 
 
 def test_a_person_is_forgotten_in_every_space(ask):

@@ -1,29 +1,29 @@
-"""The routes of the server: spaces, conversations, messages, search, prompts, facts, forgetting, receipts; each a few lines over `Recall`.
+"""The routes of the server: spaces, conversations, messages, search, prompts, facts; each a few lines over `Recall`. (`erasing.py` has those that forget.)
 
-A space that the caller's key does not see and a space that is not there are answered alike. Forgetting needs the `confirm` of a preview: what goes is what was
-seen, and if the selection has changed in between, nothing goes.
+A space that the caller's key does not see and a space that is not there are answered alike.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import hmac
 import json
+from itertools import chain, islice
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Path, Query, Request
 from fastapi.responses import StreamingResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
-from remanence.errors import Mistake
 from remanence.recall import requests as ask
 from remanence.recall.access import key_of
 from remanence.recall.items import Fact, Hit, Message, Prompt, Selection
 from remanence.recall.service import Recall
 from remanence.recall.transfer import lines_of
 
-router = APIRouter(prefix="/v1")
+KEYED = Depends(
+    HTTPBearer(auto_error=False, description="the key that `remanence recall serve` printed")
+)  # for the OpenAPI page; `Guard` checks it
+router = APIRouter(prefix="/v1", dependencies=[KEYED])
 
 
 def memory(request: Request) -> Recall:
@@ -177,7 +177,8 @@ def prompt(space: Space, recall: Memory, body: ask.Composing) -> Prompt:
 def export(space: Space, recall: Memory, which: Annotated[ask.Which, Depends(ask.in_query)]) -> StreamingResponse:
     """Stream messages and facts as JSON lines, as `remanence recall import` takes them."""
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in lines_of(recall, which.selection(space)))
-    return StreamingResponse(lines, media_type="application/x-ndjson")
+    begun = list(islice(lines, 1))  # what is refused is refused here, before the answer begins
+    return StreamingResponse(chain(begun, lines), media_type="application/x-ndjson")
 
 
 # Facts.
@@ -202,99 +203,3 @@ def remove_fact(space: Space, recall: Memory, number: ask.Id) -> dict[str, int]:
         raise HTTPException(404, "there is no such fact")
     recall.remove_fact(number)
     return {"removed": number}
-
-
-# Forgetting.
-
-
-@router.post("/spaces/{space}/forget/preview", tags=["forgetting"])
-def preview(request: Request, space: Space, recall: Memory, body: ask.Doomed) -> dict[str, Any]:
-    """Show what would go (counts and examples), and what to send to have it go."""
-    return _preview(request, recall, body, space)
-
-
-@router.post("/spaces/{space}/forget", tags=["forgetting"])
-def forget(request: Request, space: Space, recall: Memory, body: ask.Forgetting) -> dict[str, Any]:
-    """Forget what a preview showed, and answer with the receipt."""
-    return _forget(request, recall, body, space)
-
-
-@router.post("/forget/preview", tags=["forgetting"])
-def preview_everywhere(request: Request, recall: Memory, body: ask.Doomed) -> dict[str, Any]:
-    """Show what would go from every space (a person, usually); needs a key that sees all spaces."""
-    _everywhere(request)
-    return _preview(request, recall, body, None)
-
-
-@router.post("/forget", tags=["forgetting"])
-def forget_everywhere(request: Request, recall: Memory, body: ask.Forgetting) -> dict[str, Any]:
-    """Forget in every space what a preview showed."""
-    _everywhere(request)
-    return _forget(request, recall, body, None)
-
-
-def _everywhere(request: Request) -> None:
-    if key_of(request).spaces is not None:
-        raise HTTPException(403, "this key sees some spaces only")
-
-
-def _preview(request: Request, recall: Recall, body: ask.Doomed, space: str | None) -> dict[str, Any]:
-    rest = body.model_dump(exclude={"query", "k"}, exclude_none=True)
-    if body.query is not None:
-        found = [hit.chunk.message for hit in recall.search(body.query, body.k, body.selection(space))]
-        if not found:
-            raise HTTPException(404, "nothing was found for this query")
-        rest = {"ids": list(dict.fromkeys(found))}
-    which = ask.Which(**rest)
-    seen = dataclasses.asdict(recall.preview(which.selection(space)))
-    del seen["selection"]  # every id: long, and the conditions say the same
-    return {
-        "space": space,
-        "selection": which.model_dump(exclude_none=True),
-        "confirm": _seal(request, recall, which, space),
-        "preview": seen,
-    }
-
-
-def _forget(request: Request, recall: Recall, body: ask.Forgetting, space: str | None) -> dict[str, Any]:
-    which = ask.Which(**body.model_dump(exclude={"confirm", "reason"}))
-    if not hmac.compare_digest(_seal(request, recall, which, space), body.confirm.encode("utf-8", "replace").decode("ascii", "replace")):
-        raise HTTPException(409, "this is not what was previewed, or it has changed since")
-    return recall.forget(which.selection(space), reason=body.reason)
-
-
-def _seal(request: Request, recall: Recall, which: ask.Which, space: str | None) -> str:
-    """Return what stands for a selection and the messages that are in it now; only this server, while it runs, can make it."""
-    selection = which.selection(space)
-    named = json.dumps([space, which.model_dump()], sort_keys=True).encode()
-    ids = hashlib.sha256(recall.store.ids(selection).tobytes()).digest()
-    return hmac.new(request.app.state.secret, named + ids, "sha256").hexdigest()
-
-
-# What is above spaces.
-
-
-@router.get("/stats", tags=["server"])
-def all_stats(request: Request, recall: Memory) -> dict[str, Any]:
-    """Count what the store holds; needs a key that sees all spaces."""
-    _everywhere(request)
-    return recall.stats()
-
-
-@router.get("/log", tags=["server"])
-def audit_log(request: Request, recall: Memory, after: Annotated[int, Query(ge=0, le=ask.LAST)] = 0) -> list[dict[str, Any]]:
-    """Show the audit log (counts, ids and hashes); needs a key that sees all spaces."""
-    _everywhere(request)
-    return recall.store.audit_log(after)
-
-
-@router.post("/receipts/verify", tags=["forgetting"])
-def verify(recall: Memory, body: ask.Shown) -> list[dict[str, Any]]:
-    """Check a receipt: each thing that was checked, whether it holds, and the words for it."""
-    from remanence.recall.deletion import check_deletion
-
-    try:
-        checked = check_deletion(body.receipt, recall, trusted=body.trusted)
-    except Mistake as error:
-        return [{"what": error.place, "holds": False, "words": error.problem}]
-    return [{"what": what, "holds": holds, "words": words} for what, holds, words in checked]

@@ -86,6 +86,10 @@ async function openSpace(name) {
 }
 
 async function refresh() {
+  await showConversation(await overview());
+}
+
+async function overview() {
   const known = (await get("/v1/spaces")).some((one) => one.name === at.space);
   const [list, stats, facts] = known
     ? await Promise.all([get(inSpace("conversations")), get(inSpace("stats")), get(inSpace("facts"))]) : [[], {}, []];
@@ -100,7 +104,7 @@ async function refresh() {
       make("small", {}, make("time", { textContent: day(one.last) })))), ));
   for (const other of $("conversations").querySelectorAll("[aria-current=false]")) other.removeAttribute("aria-current");
   showFacts(facts);
-  await showConversation(known && list.length > 0);
+  return known && list.length > 0;
 }
 
 async function choose(name) {
@@ -112,6 +116,7 @@ async function choose(name) {
 
 async function showConversation(known) {
   at.found = null;
+  $("query").value = "";
   $("title").textContent = at.conversation;
   $("add").hidden = false;
   $("export").hidden = $("erase-some").hidden = !known;

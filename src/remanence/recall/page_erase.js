@@ -84,22 +84,42 @@ async function erase() {
   try {
     const receipt = await post(...agreed);
     $("erase-what").replaceChildren();
-    const save = make("button", { type: "button", className: "primary", textContent: "Save the receipt", onclick: () => download(`receipt-${receipt.id.slice(0, 8)}.json`, JSON.stringify(receipt, null, 1) + "\n") });
+    const keep = make("button", { type: "button", className: "primary", textContent: "Save the receipt", onclick: () => save(receipt) });
     const scan = receipt.scan;
     const words = scan ? (scan.found ? `A scan of ${many(scan.files, "file")} still found ${many(scan.found, "trace")}.` : `A scan of ${many(scan.files, "file")} found nothing of it.`) : "";
     $("erase-seen").replaceChildren(make("div", { className: "seen done" }, make("b", { textContent: `Erased. ${words}` }), tally(receipt.erased),
-      make("p", { className: "soft", textContent: `The receipt holds counts and hashes, no words. ${receipt.signature ? "It is signed." : "It is not signed: there is no local key."}` }), save));
+      make("p", { className: "soft", textContent: `The receipt holds counts and hashes, no words. ${receipt.signature ? "It is signed." : "It is not signed: there is no local key."}` }), keep));
     $("erase-go").hidden = true;
     $("erase-close").textContent = "Close";
-    save.focus();
+    keep.focus();
     const spaces = await get("/v1/spaces");
     if (!spaces.some((one) => one.name === at.space)) at.space = spaces[0]?.name ?? "default";
     showSpaces(spaces);
     $("space").value = at.space;
-    await (at.found ? search() : refresh());
+    const known = await overview();
+    await (at.found && known ? search() : showConversation(known));
   } finally {
     $("erase-go").disabled = false;
   }
+}
+
+// Receipts.
+
+const save = (receipt) => download(`receipt-${receipt.id.slice(0, 8)}.json`, JSON.stringify(receipt, null, 1) + "\n");
+
+async function showReceipts() {
+  const list = await get("/v1/receipts").catch((error) => { if (error.status === 403) return []; throw error; }); // a key of some spaces sees none
+  $("receipts-none").hidden = list.length > 0;
+  $("receipts").replaceChildren(...list.reverse().slice(0, 200).map((one) => make("li", {},
+    make("p", {}, one.kind === "edit" ? "Corrected: " : "Erased: ", many(one.erased.messages, "message"), make("small", {
+      textContent: [day(one.at), one.scan ? (one.scan.found ? `${many(one.scan.found, "trace")} left` : "nothing left in any file") : "not scanned", one.signature ? "signed" : "not signed"].join(" · ") })),
+    make("button", { type: "button", textContent: "Save", onclick: () => save(one) }),
+    make("button", { type: "button", textContent: "Check", onclick: tried(() => check(one)) }))));
+}
+
+async function check(receipt) {
+  const found = await post("/v1/receipts/verify", { receipt });
+  $("checks").replaceChildren(...found.map((one) => make("li", { className: one.holds ? "yes" : "no" }, make("b", { textContent: `${one.holds ? "✓" : "✗"} ${one.what}: ` }), one.words)));
 }
 
 async function checkReceipt() {
@@ -107,8 +127,7 @@ async function checkReceipt() {
   if (!file) return;
   let receipt;
   try { receipt = JSON.parse(await file.text()); } catch { throw new Error("This file is no JSON."); }
-  const found = await post("/v1/receipts/verify", { receipt });
-  $("checks").replaceChildren(...found.map((one) => make("li", { className: one.holds ? "yes" : "no" }, make("b", { textContent: `${one.holds ? "✓" : "✗"} ${one.what}: ` }), one.words)));
+  await check(receipt);
 }
 
 $("erase-some").addEventListener("click", () => openErase());
@@ -117,3 +136,4 @@ $("erase-go").addEventListener("click", complained(erase));
 $("erase-form").addEventListener("submit", complained(async () => ($("erase-go").hidden ? look() : undefined)));
 $("erase-close").addEventListener("click", () => $("erase").close());
 $("receipt").addEventListener("change", tried(checkReceipt));
+$("tab-receipts").addEventListener("click", tried(showReceipts));

@@ -28,7 +28,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from remanence.errors import Mistake
-from remanence.recall import endpoints
+from remanence.recall import endpoints, erasing
 from remanence.recall.access import Guard, Keys, loopback, refusal
 from remanence.recall.service import Recall
 
@@ -91,8 +91,7 @@ def make_app(
         redoc_url=None,
     )
     app.state.recall, app.state.secret = recall, secrets.token_bytes(32)
-    app.include_router(endpoints.router)
-    for extra in routers:
+    for extra in (endpoints.router, erasing.router, *routers):
         app.include_router(extra)
     for path, kind in PAGE.items():
         app.add_api_route(path, _file(path[1:] or "page.html", kind), include_in_schema=False)
@@ -123,8 +122,9 @@ def _file(name: str, kind: str) -> Callable[[], Response]:
 
 def _mistake(request: Request, error: Exception) -> Response:
     assert isinstance(error, Mistake)
-    failed = isinstance(error.__cause__, OSError) or type(error.__cause__).__module__ == "sqlite3"  # the disk's fault, not the caller's
-    return refusal(507 if failed else 400, error.problem, error.remedy, error.place)
+    cause = type(error.__cause__).__module__.partition(".")[0]
+    full = isinstance(error.__cause__, OSError) or cause == "sqlite3"  # the disk's fault, not the caller's
+    return refusal(507 if full else 503 if cause == "psycopg" else 400, error.problem, error.remedy, error.place)
 
 
 def _invalid(request: Request, error: Exception) -> Response:
@@ -179,7 +179,9 @@ def serve(
             say(f"The page, signed in: {address}/#key={secret}")
         app = make_app(recall, settings, routers=routers, mounts=mounts)
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        config = uvicorn.Config(app, access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=settings.patience)
+        config = uvicorn.Config(
+            app, access_log=False, log_config=None, server_header=False, proxy_headers=False, timeout_graceful_shutdown=settings.patience
+        )
         with _ending_here():
             uvicorn.Server(config).run(sockets=[listener])
     finally:
