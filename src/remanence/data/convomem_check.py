@@ -92,31 +92,37 @@ def check_item(item: EvidenceItem) -> list[Fault]:
     return faults
 
 
-def refuse_leaks(items: Sequence[EvidenceItem], fillers: Sequence[Conversation]) -> None:
-    """Refuse fillers that hold an evidence message of an item word for word: the haystack would hold it twice.
+class Leaks:
+    """Evidence messages of items, looked up in other conversations: the whole message, or (from `HEAD` letters on) a part of one."""
 
-    Raises:
-        Mistake: naming the filler and the item.
-    """
-    whole: dict[tuple[str, str], str] = {}
-    heads: dict[str, list[tuple[Utterance, str]]] = {}
-    for item in items:
-        for message in item.evidence:
-            whole[message.speaker, message.text] = item.id
-            if len(message.text) >= HEAD:
-                heads.setdefault(message.text[:HEAD], []).append((message, item.id))
-    for one in fillers:
+    def __init__(self, items: Sequence[EvidenceItem]):
+        self.whole: dict[tuple[str, str], str] = {}
+        self.heads: dict[str, list[tuple[Utterance, str]]] = {}
+        for item in items:
+            for message in item.evidence:
+                self.whole[message.speaker, message.text] = item.id
+                if len(message.text) >= HEAD:
+                    self.heads.setdefault(message.text[:HEAD], []).append((message, item.id))
+
+    def found(self, one: Conversation) -> str | None:
+        """Return the item of which a conversation holds an evidence message; one look-up per letter."""
         for message in one.messages:
-            name = whole.get((message.speaker, message.text)) or _inside(message, heads)
+            name = self.whole.get((message.speaker, message.text)) or self._inside(message)
+            if name is not None:
+                return name
+        return None
+
+    def refuse(self, fillers: Sequence[Conversation]) -> None:
+        """Raise a `Mistake` that names the first filler with evidence in it: a history would hold it twice."""
+        for one in fillers:
+            name = self.found(one)
             if name is not None:
                 raise Mistake(f"filler {one.id}", f"holds an evidence message of item {name}", "remove the filler or the item")
 
-
-def _inside(message: Utterance, heads: dict[str, list[tuple[Utterance, str]]]) -> str | None:
-    """Return the item of an evidence message that is a part of this one; one look-up per letter."""
-    text = message.text
-    for place in range(len(text) - HEAD + 1):
-        for evidence, name in heads.get(text[place : place + HEAD], ()):
-            if evidence.speaker == message.speaker and text.startswith(evidence.text, place):
-                return name
-    return None
+    def _inside(self, message: Utterance) -> str | None:
+        text = message.text
+        for place in range(len(text) - HEAD + 1):
+            for evidence, name in self.heads.get(text[place : place + HEAD], ()):
+                if evidence.speaker == message.speaker and text.startswith(evidence.text, place):
+                    return name
+        return None

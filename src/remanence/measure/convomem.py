@@ -40,7 +40,7 @@ class ConvoMemBench:
         packing: standard (one history per question) | batched (questions share histories: far fewer to index; not comparable with standard).
         seed: of the histories.
         folder: where answers are kept; `None`: nowhere, and a run that was stopped starts anew.
-        anybody: see `Packer`.
+        anybody, spill: see `Packer`.
     """
 
     items: Sequence[EvidenceItem]
@@ -50,6 +50,7 @@ class ConvoMemBench:
     seed: int = 0
     folder: str | Path | None = None
     anybody: bool = False
+    spill: bool = True
 
     def __post_init__(self) -> None:
         if not self.items:
@@ -62,7 +63,7 @@ class ConvoMemBench:
         if max(self.sizes) < least:
             raise Mistake("sizes", f"no item's evidence fits: the least is {least}", f"ask for {least} or more")
         self.sizes = tuple(sorted(set(self.sizes)))
-        self.packer = Packer(self.items, self.fillers, seed=self.seed, anybody=self.anybody)
+        self.packer = Packer(self.items, self.fillers, seed=self.seed, anybody=self.anybody, spill=self.spill)
 
     def cases(self) -> Iterator[Case]:
         """Yield all histories, small ones first; sizes that no item's evidence fits are left out."""

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from remanence.data.convomem import Conversation, EvidenceItem, flagged
-from remanence.data.convomem_check import refuse_leaks
+from remanence.data.convomem_check import Leaks
 from remanence.errors import Mistake
 from remanence.seeds import numpy_generator
 
@@ -45,14 +45,18 @@ class Packer:
         fillers: conversations that hold no evidence, each with its person.
         seed: of every random choice.
         anybody: let an item without a person draw filler of a random person; otherwise it is refused.
+        spill: fill up with other persons' conversations where a person's own run out; without it, items are left out of the sizes that theirs do not reach
+            (histories of LongMemEval and LoCoMo share sessions, so they must not be mixed).
 
     Raises:
         Mistake: a filler without a person or with an evidence message in it, two conversations with one id, an item without a person.
     """
 
-    def __init__(self, items: Sequence[EvidenceItem], fillers: Sequence[Conversation], *, seed: int = 0, anybody: bool = False):
+    def __init__(
+        self, items: Sequence[EvidenceItem], fillers: Sequence[Conversation], *, seed: int = 0, anybody: bool = False, spill: bool = True
+    ):
         self.items = [flagged(item) for item in items]
-        self.seed = seed
+        self.seed, self.spill = seed, spill
         self.fillers: dict[str, list[Conversation]] = {}
         seen = {one.id for item in self.items for one in item.conversations}
         if len(seen) < sum(item.k for item in self.items):
@@ -72,8 +76,13 @@ class Packer:
             if item.person is None and not anybody and fillers:
                 problem = "it has no personId, so its filler would be somebody's at random"
                 raise Mistake(f"item {item.id}", problem, "set personId, or allow it with anybody=True")
-        refuse_leaks(self.items, fillers)
         self.people = sorted(self.fillers)
+        owners: dict[str, list[EvidenceItem]] = {}
+        for item in self.items:
+            for person in self.people if item.person is None else [item.person]:
+                owners.setdefault(person, []).append(item)
+        for person, theirs in owners.items():
+            Leaks(theirs).refuse(self.fillers.get(person, ()))
 
     def cases(self, size: int, packing: str = "standard") -> Iterator[Case]:
         """Yield the cases of one size; items with more evidence than that are left out."""
@@ -81,9 +90,13 @@ class Packer:
             raise Mistake("packing", f"there is no packing '{packing}'", f"choose {' or '.join(PACKINGS)}")
         if size < 1:
             raise Mistake("sizes", f"a history of {size} conversations holds nothing", "name sizes of at least 1")
+        if packing == "batched" and not self.spill:
+            raise Mistake("packing", "these histories share sessions and cannot be batched", "use standard")
         fitting = [item for item in self.items if item.k <= size]
         if not fitting:
             raise Mistake("sizes", f"no item's evidence fits into {size} conversations", f"ask for {min(i.k for i in self.items)} or more")
+        if not self.spill:
+            fitting = [item for item in fitting if len(self.fillers.get(item.person or "", ())) >= size - item.k]
         yield from self._standard(fitting, size) if packing == "standard" else self._batched(fitting, size)
 
     def case(self, item: EvidenceItem, size: int) -> Case:
@@ -94,7 +107,7 @@ class Packer:
             )
         draw = numpy_generator(self.seed, "standard", item.id, size)
         person = item.person if item.person is not None or not self.people else self.people[draw.integers(len(self.people))]
-        filler = self._filler([person], size - item.k, draw)
+        filler = self._filler([item], [person], size - item.k, draw)
         return Case(f"{item.id}@{size}", size, "standard", _mixed([item], filler, draw), (item,))
 
     def _standard(self, items: Sequence[EvidenceItem], size: int) -> Iterator[Case]:
@@ -109,13 +122,15 @@ class Packer:
                 if turn and number >= HAYSTACKS:
                     break
                 people = [item.person for item in batch]
-                filler = self._filler(people, size - sum(item.k for item in batch), draw)
+                filler = self._filler(batch, people, size - sum(item.k for item in batch), draw)
                 yield Case(f"batch{number}@{size}", size, "batched", _mixed(batch, filler, draw), tuple(batch))
                 number += 1
             turn += 1
 
-    def _filler(self, people: Sequence[str | None], count: int, draw: np.random.Generator) -> list[Conversation]:
-        """Return filler shared out by person; that of others only where theirs runs out."""
+    def _filler(
+        self, items: Sequence[EvidenceItem], people: Sequence[str | None], count: int, draw: np.random.Generator
+    ) -> list[Conversation]:
+        """Return filler shared out by person; that of others, without evidence of these items, only where theirs runs out."""
         named = list(dict.fromkeys(person for person in people if person is not None))
         piles = [list(draw.permutation(len(self.fillers.get(person, ())))) for person in named]
         chosen: list[Conversation] = []
@@ -123,12 +138,16 @@ class Packer:
             for person, pile in zip(named, piles):
                 if pile and len(chosen) < count:
                     chosen.append(self.fillers[person][pile.pop()])
-        if len(chosen) < count:
+        if len(chosen) < count and self.spill:
             others = [one for person in self.people if person not in named for one in self.fillers[person]]
-            if len(others) < count - len(chosen):
-                problem = f"{count} fillers are needed and {len(chosen) + len(others)} are there"
-                raise Mistake("fillers", problem, "give more of them or ask for smaller sizes")
-            chosen += [others[place] for place in draw.choice(len(others), count - len(chosen), replace=False)]
+            leaks = Leaks(items)
+            for place in draw.permutation(len(others)):
+                if len(chosen) < count and leaks.found(others[place]) is None:
+                    chosen.append(others[place])
+        if len(chosen) < count:
+            raise Mistake(
+                "fillers", f"{count} fillers are needed and {len(chosen)} are there", "give more of them or ask for smaller sizes"
+            )
         return chosen
 
 
