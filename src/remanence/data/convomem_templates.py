@@ -143,9 +143,9 @@ def _core(category: str, k: int, person: _Person, draw: np.random.Generator) -> 
     subject = person.fresh[-1]
     slots = [str(slot) for slot in draw.permutation(list(words.SLOTS))]
     if category == "changing_facts":
-        chosen = [str(value) for value in draw.permutation(list(words.SLOTS[slots[0]][0]))[:k]]
-        said = [_fact(slots[0], subject, chosen[0], draw), *(_change(slots[0], subject, value, draw) for value in chosen[1:])]
-        return words.ASK_NOW.format(slot=slots[0], s=subject), f"{slots[0]}: {chosen[-1]}", [Utterance("User", text) for text in said]
+        states = [str(value) for value in draw.permutation(list(words.SLOTS[slots[0]][0]))[:k]]
+        said = [_fact(slots[0], subject, states[0], draw), *(_change(slots[0], subject, value, draw) for value in states[1:])]
+        return words.ASK_NOW.format(slot=slots[0], s=subject), f"{slots[0]}: {states[-1]}", [Utterance("User", text) for text in said]
     drawn = [(slot, str(draw.choice(words.SLOTS[slot][0]))) for slot in slots[:k]]
     answer = "; ".join(f"{slot}: {value}" for slot, value in sorted(drawn))
     if category == "assistant_facts":
@@ -209,7 +209,7 @@ def _change(slot: str, subject: str, value: str, draw: np.random.Generator) -> s
 
 def _filled(texts: Sequence[str], slot: str, subject: str, value: str, draw: np.random.Generator) -> str:
     """Write one of the sentences, the subject under either of its names, each as likely."""
-    return texts[draw.integers(len(texts))].format(slot=slot, s=names(subject)[draw.integers(2)], v=value)
+    return texts[int(draw.integers(len(texts)))].format(slot=slot, s=names(subject)[draw.integers(2)], v=value)
 
 
 def _rubric(criteria: Iterable[str]) -> str:

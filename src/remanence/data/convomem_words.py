@@ -7,10 +7,11 @@ in the words of the evidence.
 
 from __future__ import annotations
 
-PEOPLE = tuple(
-    "Ada Bela Carla Dario Edda Femi Gita Hugo Ines Jonas Kira Liam Mona Nils Oona Pavel Quinn Rosa Sven Tilda Uma Viktor Wanda Xenia Yusuf Zora "
-    "Amir Bruno Clara Dora Emil Flora Goran Hanna Igor Jana Karim Lena Marek Nora Omar Petra Ravi Selma Timo Vera".split()
-)
+_NAMES = """
+Ada Bela Carla Dario Edda Femi Gita Hugo Ines Jonas Kira Liam Mona Nils Oona Pavel Quinn Rosa Sven Tilda Uma Viktor Wanda Xenia Yusuf Zora
+Amir Bruno Clara Dora Emil Flora Goran Hanna Igor Jana Karim Lena Marek Nora Omar Petra Ravi Selma Timo Vera
+"""
+PEOPLE = tuple(_NAMES.split())
 OWNERS = ("our", "my sister's", "my neighbour's", "my manager's", "my cousin's", "my flatmate's")
 BEHIND = {  # the owner in the other name
     "our": "we",

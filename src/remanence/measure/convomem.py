@@ -97,7 +97,7 @@ class ConvoMemBench:
         spent, stopped = 0.0, False
         try:
             for case in self.cases():
-                key = _digest(case)
+                key = case.id if self.folder is None else _digest(case)
                 missing = [item for item in case.items if (key, item.id) not in cache]
                 if missing and not stopped:
                     policy.clear()

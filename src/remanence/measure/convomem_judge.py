@@ -159,7 +159,9 @@ def wrong_answers(items: Sequence[EvidenceItem], *, seed: int = 0) -> list[tuple
     facts = [item for item in items if template_of(item.category) in ("factual", "user")]
     for item in items:
         pool = facts if item.category == "abstention" else [one for one in items if one.category == item.category]
-        pool = [one for one in pool if one.answer.strip().lower() != item.answer.strip().lower()]
+        pool = [
+            one for one in pool if item.answer.strip().lower() not in one.answer.lower()
+        ]  # an answer that holds the right one may be right
         if pool:
             found.append((item, "other", pool[int(draw.integers(len(pool)))].answer))
         if item.category != "abstention":

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,11 +26,12 @@ from remanence.seeds import derive
 
 @dataclass(frozen=True)
 class Passage:
-    """Something found: its text as it goes into the prompt, and the id of its conversation ('' where that is not known)."""
+    """Something found: its text as it goes into the prompt, the id of its conversation ('' where that is not known), and when it was said, if known."""
 
     text: str
     conversation: str = ""
     score: float = 0.0
+    place: float | None = None
 
 
 class Searcher(Protocol):
@@ -79,8 +81,10 @@ class Retrieved:
     def context(self, question: str, helper: Model) -> Context:
         """Return what the searcher finds."""
         begun = time.perf_counter()
-        found = self.searcher.search(question, self.k)[: self.k]
+        found = list(self.searcher.search(question, self.k))[: self.k]
         took = time.perf_counter() - begun
+        if all(one.place is not None for one in found):
+            found = sorted(found, key=lambda one: one.place or 0.0)
         used = tuple(dict.fromkeys(one.conversation for one in found if one.conversation))
         text = shown([self.kept[name] for name in used if name in self.kept]) if self.whole else "\n".join(one.text for one in found)
         return Context(text, used, seconds=took)
@@ -143,7 +147,7 @@ class Passages:
             self.scorer = self.index(self.texts)
         scores = self.scorer(question)
         order = np.lexsort((-np.arange(len(scores)), -scores))[:k]
-        return [Passage(self.texts[n], self.owners[n], float(scores[n])) for n in order if scores[n] > 0]
+        return [Passage(self.texts[n], self.owners[n], float(scores[n]), float(n)) for n in order if scores[n] > 0]
 
     def clear(self) -> None:
         """Forget everything."""
@@ -156,7 +160,7 @@ def tf_idf(texts: Sequence[str]) -> Scorer:
     """Score by the cosine of tf-idf vectors (sublinear counts, English stop words left out)."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    coder = TfidfVectorizer(sublinear_tf=True, stop_words="english")
+    coder = TfidfVectorizer(sublinear_tf=True, analyzer=_terms)
     try:
         matrix = coder.fit_transform(texts)
     except ValueError:  # nothing but stop words
@@ -231,5 +235,14 @@ class Lossy:
         return derive(self.seed, "kept", message.speaker, message.text) / 2**63 < self.keep
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
+@lru_cache(maxsize=1 << 16)
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.lower()))
+
+
+@lru_cache(maxsize=1 << 16)
+def _terms(text: str) -> tuple[str, ...]:
+    """Return the words of two letters or more that are no English stop words, as scikit-learn's own analyser does; kept per text."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    return tuple(word for word in _words(text) if len(word) > 1 and word not in ENGLISH_STOP_WORDS)
