@@ -23,6 +23,7 @@ NAMES = (
     "titans_memory",
     "memory_cache",
     "sparsey",
+    "recall_speed",
 )
 DOCS = Path(__file__).parent.parent / "docs"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"

@@ -86,7 +86,7 @@ class Gist:
 
     Args:
         kind: running (of the open segment) | segment (frozen Z_j) | whole (G, made of all frozen ones) | flat (the recursion without levels).
-        segment: j, from 1; 0 for whole and flat.
+        segment: j of a frozen one, from 1; 0 for the others, of which there is one each.
         rewrites: how many summariser calls the content of its first turn went through.
     """
 

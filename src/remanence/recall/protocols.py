@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -24,9 +25,10 @@ class Embedder(Protocol):
 
 
 class Summarizer(Protocol):
-    """Shorten `earlier` and what follows it to at most `tokens` tokens, one line."""
+    """Shorten `earlier` and what follows it to at most `tokens` tokens, one line. It reads up to `window` tokens; more is its own affair."""
 
     name: str
+    window: int
 
     def __call__(self, earlier: str, new: str, tokens: int) -> str:
         """Return S_t = Summarizer(S_{t-1}, u_t)."""
@@ -60,6 +62,10 @@ class Retriever(Protocol):
         """Return at most `k` hits, best first; ties by the higher (younger) chunk id."""
         ...
 
+    def refresh(self) -> None:
+        """Let go now of whatever the store no longer has: what is kept in memory, and every file that was made of it."""
+        ...
+
 
 class Store(Protocol):
     """The only source of truth: text, vectors, lineage, audit log. Every writing method is one transaction, or joins the one that is open.
@@ -68,6 +74,7 @@ class Store(Protocol):
     writer is refused at opening. All methods may be called from several threads.
     """
 
+    id: str  # of this store, made with it
     embedder: str
     dim: int
 
@@ -132,6 +139,13 @@ class Store(Protocol):
 
     def version(self, space: str) -> int:
         """Return a number that grows with every change of the space's chunks: the stamp of whatever is cached of it."""
+        ...
+
+    def cache(self, space: str) -> Path | None:
+        """Return a folder for disposable files made of a space's vectors, or `None`: a sealed space has none, nor has a store that is not files.
+
+        They are gone when a removal of chunks is committed, and after `scrub`.
+        """
         ...
 
     def lexical(self, query: str, k: int, selection: Selection) -> list[tuple[int, float]]:
