@@ -64,8 +64,10 @@ def test_no_quote_in_any_block_gives_the_fixed_refusal_without_a_last_call() -> 
         ("no information is relevant!!", True),
         ("**No informations are relevant.**", True),
         ("Some information is relevant.", True),
-    ]
-    + [("User: I live in Bonn.", False), ("No information is relevant, but: I live in Bonn.", False), ("", False)],
+        ("User: I live in Bonn.", False),
+        ("No information is relevant, but: I live in Bonn.", False),
+        ("", False),
+    ],
 )
 def test_nothing_relevant_is_told_within_five_edits_of_letters_and_digits(text: str, nothing: bool) -> None:
     assert says_nothing(text) is nothing
@@ -177,7 +179,7 @@ def test_an_unknown_policy_an_empty_question_and_empty_blocks_are_refused() -> N
         blocks(0)
 
 
-@pytest.fixture()
+@pytest.fixture
 def server() -> Iterator[tuple[str, list[tuple[str, str, object]]]]:
     """A server that answers as mem0 does and notes what it was asked."""
     asked: list[tuple[str, str, object]] = []
@@ -198,7 +200,7 @@ def server() -> Iterator[tuple[str, list[tuple[str, str, object]]]]:
             self.end_headers()
             self.wfile.write(text)
 
-        do_GET = do_POST = do_DELETE = answer  # noqa: N815
+        do_GET = do_POST = do_DELETE = answer
 
         def log_message(self, *_: object) -> None:
             pass

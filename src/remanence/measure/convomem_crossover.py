@@ -106,7 +106,7 @@ def _crossing(
     counts = weights @ there  # (1 + draws, sizes)
     with np.errstate(invalid="ignore", divide="ignore"):
         one, two = weights @ a / counts, weights @ b / counts
-    good = two >= one - tolerance if measure == "accuracy" else two <= one
+    good = two >= one - tolerance - 1e-9 if measure == "accuracy" else two <= one
     known = counts > 0
     stays = np.flip(np.logical_and.accumulate(np.flip(good | ~known, axis=1), axis=1), axis=1) & known
     places = np.where(stays.any(axis=1), stays.argmax(axis=1), len(sizes))

@@ -32,10 +32,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from remanence.errors import Mistake
-from remanence.receipts import canonical, check_receipt, local_key, signed
 from remanence.recall.items import Selection
 from remanence.recall.protocols import Store
 from remanence.recall.residue import scan_store
+from remanence.receipts import canonical, check_receipt, local_key, signed
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -166,7 +166,9 @@ def check_deletion(
         found += [_gone(receipt, store), _logged(receipt, store), _chain(store)]
     if texts:
         seen = scan_store(store, texts)
-        words = f"{seen.files} files ({seen.bytes} bytes) hold none of the {len(texts) - seen.short} texts" if seen.clean else _told(seen.found)
+        words = (
+            f"{seen.files} files ({seen.bytes} bytes) hold none of the {len(texts) - seen.short} texts" if seen.clean else _told(seen.found)
+        )
         short = f"; {seen.short} of them are too short to be told from chance" if seen.short else ""
         found.append(("residue", seen.clean, words + short))
     return found

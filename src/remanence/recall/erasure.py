@@ -21,17 +21,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from remanence.errors import Mistake
-from remanence.receipts import local_key
 from remanence.recall.deletion import ERASED, FORMAT, LISTED, SCRUBBED, asked, hasher, ranges, sealed
 from remanence.recall.items import Gist, Message, NewMessage, Selection
 from remanence.recall.residue import PAGE, echoing, repeats, scan_store
 from remanence.recall.turns import checked, chunked
+from remanence.receipts import local_key
 
 if TYPE_CHECKING:
     from remanence.recall.service import Recall
 
 LOG = logging.getLogger("remanence.recall")
-LOOKED, LETTERS = 4000, 2_000_000  # texts (and vectors) that a scan looks for at most, and their length together; of more a sample, evenly spread
+LOOKED, LETTERS = (
+    4000,
+    2_000_000,
+)  # texts (and vectors) that a scan looks for at most, and their length together; of more a sample, evenly spread
 EXAMPLES = 5
 Place = tuple[str, str]  # space, conversation
 
@@ -155,7 +158,9 @@ def _doomed(recall: Recall, selection: Selection) -> Doomed:
     """Gather everything that a selection takes with it: of a whole conversation or space also facts that name no source."""
     store, messages = recall.store, recall.store.messages(selection)
     whole = selection == Selection(space=selection.space, conversation=selection.conversation) and selection.space is not None
-    doomed = Doomed(messages, [selection.space] if whole and selection.space else list(dict.fromkeys(message.space for message in messages)))
+    doomed = Doomed(
+        messages, [selection.space] if whole and selection.space else list(dict.fromkeys(message.space for message in messages))
+    )
     gone = set(doomed.ids)
     doomed.texts = [text for m in messages for text in (m.text, m.person or "", *_strings(m.meta))]
     for space in doomed.spaces:
@@ -215,7 +220,12 @@ def erase(recall: Recall, selection: Selection, reason: str = "", *, scan: bool 
         _check_reason(reason, doomed)
         echoes = 0 if drop else len(echoing(doomed.said, _staying(recall, doomed)))
         if drop:
-            erased = {"messages": store.drop_space(doomed.spaces[0]), "chunks": doomed.chunks, "vectors": doomed.chunks, "facts": len(doomed.facts)}
+            erased = {
+                "messages": store.drop_space(doomed.spaces[0]),
+                "chunks": doomed.chunks,
+                "vectors": doomed.chunks,
+                "facts": len(doomed.facts),
+            }
             erased |= {"gists": 0, "spaces": 1}
         else:
             gists = _agreed(recall, doomed, planned)
@@ -341,7 +351,7 @@ def _remade(recall: Recall, place: Place, gone: Sequence[Message], text: str | N
     ]
     try:
         return recall.compact.rebuild(recall.store.gists(*place), place[1], remaining, [message.turn for message in gone])
-    except Exception as error:  # noqa: BLE001 -- whatever a model raises; its words may hold texts and are not passed on
+    except Exception as error:
         LOG.warning("the summariser failed (%s): gists are removed, the next turn makes them anew", type(error).__name__)
         return []
 

@@ -164,7 +164,9 @@ def occurring(says: Iterable[bytes], kept: Iterable[bytes]) -> set[bytes]:
 
 def repeats(texts: Iterable[str], other: str) -> bool:
     """Return whether a text repeats a piece of one of the texts, or a whole one that is short."""
-    return bool(occurring({_bytes(_fold(cut)).lower() for text in texts for cut, kind in _cuts(text) if kind == "piece"}, [_bytes(_fold(other))]))
+    return bool(
+        occurring({_bytes(_fold(cut)).lower() for text in texts for cut, kind in _cuts(text) if kind == "piece"}, [_bytes(_fold(other))])
+    )
 
 
 def echoing(texts: Iterable[str], messages: Iterable[Message]) -> list[int]:
@@ -275,9 +277,7 @@ def scan(
     fine = occurring(says, (_bytes(_fold(text)) for text in kept())) if says else set()
     fine |= occurring(runs, (written for block in kept_vectors() for _, written in precisions(block))) if runs else set()
     real = [
-        Residue(path, offset, one.kind, one.form, one.source)
-        for needle, path, offset in found
-        if (one := needles[needle]).says not in fine
+        Residue(path, offset, one.kind, one.form, one.source) for needle, path, offset in found if (one := needles[needle]).says not in fine
     ]
     short = sum(len(_bytes(text)) < SHORTEST for text in texts)
     return Scan(count, size, len(needles), tuple(real), sum(one.says in fine for one in hit), short)

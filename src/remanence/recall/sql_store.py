@@ -15,9 +15,9 @@ from remanence.recall import audit
 from remanence.recall.database import Database, Ids, WordIndex
 from remanence.recall.derived import Derived
 from remanence.recall.items import Chunk, Fact, Gist, Message, NewChunk, NewMessage, Selection
+from remanence.recall.message_rows import Turns
 from remanence.recall.sealing import keys_folder
 from remanence.recall.spaces import Spaces
-from remanence.recall.message_rows import Turns
 
 
 class SqlStore:

@@ -17,8 +17,20 @@ from remanence.errors import Mistake
 from remanence.recall.openai_client import clean_address, key_for
 
 DROPPED = frozenset(  # of an answer: what belongs to one connection, is set anew, or is meant for no one further
-    ("connection", "content-encoding", "content-length", "date", "keep-alive", "proxy-authenticate", "server", "set-cookie", "trailer")
-    + ("transfer-encoding", "upgrade", "www-authenticate")
+    (
+        "connection",
+        "content-encoding",
+        "content-length",
+        "date",
+        "keep-alive",
+        "proxy-authenticate",
+        "server",
+        "set-cookie",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+        "www-authenticate",
+    )
 )
 
 
