@@ -30,7 +30,10 @@ import numpy as np
 from remanence.claims.claim import Claim, Results, Verdict
 
 if TYPE_CHECKING:
+    from remanence.data.convomem import Conversation
+    from remanence.data.convomem_models import Model
     from remanence.measure.convomem import ConvoMemBench
+    from remanence.measure.convomem_policies import Context
 
 SIZES = (1, 2, 5, 10, 20, 40, 80, 160)
 EACH = 3
@@ -89,7 +92,8 @@ def _own_memory() -> Any:
 
     folder = tempfile.TemporaryDirectory(prefix="remanence-")
     search = RecallSearch(Recall.open(folder.name, embedder=Kept(), retrieval="hybrid", compact=False, forgetting=False))
-    atexit.register(lambda: (search.recall.close(), folder.cleanup()))
+    atexit.register(folder.cleanup)
+    atexit.register(search.recall.close)  # before the folder goes
     return search
 
 
@@ -111,6 +115,32 @@ def averaged(weight: float = 1e-3) -> Callable[[list[str]], np.ndarray]:
     return encode
 
 
+class Once:
+    """A memory that is searched once for a question over a history, however many readers are asked."""
+
+    def __init__(self, inner: Any):
+        self.inner, self.name = inner, inner.name
+        self.kept: dict[tuple[str, ...], Context] = {}
+        self.waiting: list[Conversation] = []
+
+    def add(self, conversations: Sequence[Conversation]) -> None:
+        """Take conversations, and hand them on when they are first asked for."""
+        self.waiting += conversations
+
+    def clear(self) -> None:
+        """Forget the history, not what was found in it."""
+        self.waiting = []
+
+    def context(self, question: str, helper: Model) -> Context:
+        """Return what the memory found in the same history before, or finds now."""
+        key = (question, *(one.id for one in self.waiting))
+        if key not in self.kept:
+            self.inner.clear()
+            self.inner.add(self.waiting)
+            self.kept[key] = self.inner.context(question, helper)
+        return self.kept[key]
+
+
 def bench(seed: int, each: int = EACH) -> ConvoMemBench:
     """Return the benchmark of a seed."""
     from remanence.data.convomem_templates import template_fillers, template_items
@@ -127,6 +157,8 @@ def run(arm: str, seed: int) -> dict[str, float]:
     from remanence.measure.convomem_judge import Judge
 
     asked, policy, judge = bench(seed), memory(arm), Judge(Priced(desk_judge, "desk judge"))
+    if arm in (*RETRIEVAL, LOSSY):
+        policy = Once(policy)
     found: dict[str, float] = {}
     if arm in PROBED:
         asked = ConvoMemBench([item for item in asked.items if item.k == 6], asked.fillers, (SMALL,), seed=seed)
@@ -233,7 +265,7 @@ CLAIM = Claim(
         + [f"better {name} at 20" for name in ("abstention", "implicit_connections")]
         + ["better k=1 at 20", "better k=6 at 20", "better cost at 20", "better cost at 160", "better seconds at 160"]
     ),
-    minutes=5,
+    minutes=4,
     notes=(
         "The readers are models: a solver that knows the templates, behind curves fitted to released accuracies of two Gemini models. No trained reader was run.",
         "Each question's draw is shared by all policies and sizes, so differences between policies are paired.",

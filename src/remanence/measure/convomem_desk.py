@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
 from remanence.data.convomem import Utterance
 from remanence.data.convomem_models import Priced
-from remanence.data.convomem_solver import UNKNOWN, solve, values
+from remanence.data.convomem_solver import UNKNOWN, Solution, solve, values
 from remanence.measure.convomem_policies import NOTHING
 from remanence.seeds import derive
 
@@ -91,8 +92,7 @@ class DeskReader:
         if self.window is not None:
             memory = _last(memory, self.window)
         tokens = TOKENS * min(words(prompt), self.window or 10**12)
-        said = [Utterance(speaker, text) for speaker, text in re.findall(r"^(User|Assistant): (.*)$", memory, re.MULTILINE)]
-        found = solve(question, said)
+        said, found = _understood(memory, question)
         if prompt.endswith("Quotes:"):
             reads = self._draw("quotes", question, *(said[n].text for n in found.used)) < self.facts(tokens)
             return "\n".join(f"{said[n].speaker}: {said[n].text}" for n in found.used) if found.used and reads else NOTHING
@@ -130,6 +130,13 @@ def desk_judge(prompt: str) -> str:
         return "RIGHT" if reply.startswith("I don't have any information") or reply == answer else "WRONG"
     wanted = values(answer) if kind == "Rubric" else [part.strip() for part in answer.split(";")]
     return "RIGHT" if all(part in reply for part in wanted) else "WRONG"
+
+
+@lru_cache(maxsize=1024)
+def _understood(memory: str, question: str) -> tuple[tuple[Utterance, ...], Solution]:
+    """Return the messages of a memory and what they say to the question; kept, since readers of different curves are asked the same prompts."""
+    said = tuple(Utterance(speaker, text) for speaker, text in re.findall(r"^(User|Assistant): (.*)$", memory, re.MULTILINE))
+    return said, solve(question, said)
 
 
 def words(text: str) -> int:
