@@ -191,7 +191,7 @@ def _conversations(
 def _written(model: Model, prompt: str, messages: int, tries: int, made: Generated) -> tuple[Utterance, ...] | None:
     for _ in range(tries):
         rows = _json(model(prompt).text)
-        rows = rows.get("messages") if isinstance(rows, dict) else rows
+        rows = rows.get("messages", ()) if isinstance(rows, dict) else rows or ()
         try:
             talk = tuple(Utterance(str(one["speaker"]), str(one["text"])) for one in rows)
         except (KeyError, TypeError):

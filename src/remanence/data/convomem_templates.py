@@ -77,7 +77,7 @@ def template_items(
         raise Mistake("generate", "items, persons and messages are too few", "ask for at least 1 item, 1 person and 4 messages")
     people = [_Person(f"person{number}", seed) for number in range(persons)]
     verifier = Verifier([lambda question, said: solve(question, said).reply], lambda item, reply: right(item.category, item.answer, reply))
-    found = []
+    found: list[EvidenceItem] = []
     for category in categories:
         for k in chosen:
             if category == "changing_facts" and k == 1:

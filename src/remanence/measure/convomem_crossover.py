@@ -113,8 +113,8 @@ def _crossing(
     where = np.array([*sizes, math.inf])[places]
     low, high = np.quantile(where[1:], (0.025, 0.975), method="nearest")
     ends = np.flatnonzero(known[0])[[0, -1]]
-    means = one[0, ends[0]], two[0, ends[0]], one[0, ends[1]], two[0, ends[1]]
-    return (float(where[0]), float(low), float(high), sizes[-1], len(items), *(float(mean) for mean in means))
+    small, large = ((float(one[0, end]), float(two[0, end])) for end in ends)
+    return float(where[0]), float(low), float(high), sizes[-1], len(items), *small, *large
 
 
 def _matrix(rows: Sequence[Row], sizes: Sequence[int], measure: str) -> dict[str, np.ndarray]:
