@@ -18,8 +18,9 @@ from remanence.errors import Mistake
 from remanence.measure.convomem import ConvoMemBench, rejudge
 from remanence.measure.convomem_desk import DeskReader, desk_judge
 from remanence.measure.convomem_judge import Judge
+from remanence.measure.convomem_memories import make_memory
 from remanence.measure.convomem_packing import HAYSTACKS, Packer
-from remanence.measure.convomem_policies import Answer, Answering, plain_memory
+from remanence.measure.convomem_policies import Answer, Answering
 from remanence.measure.convomem_results import Results, read_results
 from remanence.measure.convomem_search import Hybrid, Passages, Retrieved, bm25
 
@@ -119,7 +120,7 @@ def test_sizes_that_cannot_be_packed_are_refused() -> None:
 
 
 def test_accuracy_at_a_size_uses_only_items_whose_evidence_fits_and_every_row_prints_n_and_an_interval() -> None:
-    results = ConvoMemBench(ITEMS, FILLERS, (1, 3, 6)).run(plain_memory("full-context"), READER, JUDGE)
+    results = ConvoMemBench(ITEMS, FILLERS, (1, 3, 6)).run(make_memory("full-context"), READER, JUDGE)
     assert {row.k for row in results.rows if row.size == 1} == {1}
     assert {row.k for row in results.rows if row.size == 3} == {1, 2, 3}
     table = results.table(by=("size",))
@@ -150,11 +151,11 @@ def test_accuracy_at_a_size_uses_only_items_whose_evidence_fits_and_every_row_pr
 def test_size_equal_to_the_evidence_gives_full_context_the_ceiling() -> None:
     for item in ITEMS:
         bench = ConvoMemBench([item], FILLERS, (item.k,))
-        assert bench.run(plain_memory("full-context"), READER, JUDGE).accuracy() == 1.0, item.id
+        assert bench.run(make_memory("full-context"), READER, JUDGE).accuracy() == 1.0, item.id
 
 
 def test_a_memory_that_stores_nothing_scores_0_on_facts_and_100_percent_on_abstention() -> None:
-    results = ConvoMemBench(ITEMS, FILLERS, (10,)).run(plain_memory("nothing"), READER, JUDGE)
+    results = ConvoMemBench(ITEMS, FILLERS, (10,)).run(make_memory("nothing"), READER, JUDGE)
     for category in CATEGORIES:
         assert results.accuracy(category=category) == (1.0 if category == "abstention" else 0.0)
 
@@ -175,7 +176,7 @@ def scripted(answer: Callable[[str], str] = PERFECT) -> tuple[list[str], Priced]
 
 def test_all_policies_share_answer_prompt_model_and_judge() -> None:
     item = next(item for item in ITEMS if item.category == "user_facts" and item.k == 2)
-    memories = [plain_memory(name) for name in ("full-context", "extracted", "blocks", "nothing")]
+    memories = [make_memory(name) for name in ("full-context", "extracted", "blocks", "nothing")]
     memories += [Retrieved(Passages(bm25), "bm25", 5), Hybrid(Retrieved(Passages(bm25), "bm25", 5), until=3)]
     frames = set()
     for memory in memories:
@@ -196,7 +197,7 @@ def test_tokens_latency_and_cost_include_helper_calls() -> None:
     helper = Priced(ask, "h", price_in=0.1, price_out=0.2, seconds=lambda tokens, written: 3.0)
     talks = [Conversation((Utterance("User", f"talk {n}"),), f"c{n}") for n in range(25)]
     for name, calls, seconds in (("full-context", 0, 1.0), ("extracted", 1, 4.0), ("blocks", 3, 4.0)):  # three blocks run side by side
-        policy = Answering(plain_memory(name), model, helper)
+        policy = Answering(make_memory(name), model, helper)
         policy.add(talks)
         answer = policy.answer("What?")
         assert (answer.calls, answer.input_tokens, answer.output_tokens) == (1 + calls, 100 * (1 + calls), 10 * (1 + calls))
@@ -224,19 +225,19 @@ def test_a_run_that_was_cut_short_goes_on_and_asks_nothing_twice(tmp_path: Path)
         return DeskReader()(prompt)
 
     with pytest.raises(KeyboardInterrupt):
-        bench().run(plain_memory("full-context"), Priced(dies, "m"), JUDGE)
+        bench().run(make_memory("full-context"), Priced(dies, "m"), JUDGE)
     (file,) = tmp_path.glob("*.jsonl")
     assert len(file.read_text().splitlines()) == 19
     file.write_text(file.read_text()[:-30])  # the kill cut the last line short
     again, spy = scripted()
     spy.name = "m"
-    whole = bench().run(plain_memory("full-context"), spy, JUDGE)
+    whole = bench().run(make_memory("full-context"), spy, JUDGE)
     assert len(again) == len(whole.rows) - 18
     more, spy = scripted()
     spy.name = "m"
-    assert bench().run(plain_memory("full-context"), spy, JUDGE).rows == whole.rows
+    assert bench().run(make_memory("full-context"), spy, JUDGE).rows == whole.rows
     assert more == []
-    fresh = ConvoMemBench(ITEMS, FILLERS, (2, 6)).run(plain_memory("full-context"), Priced(DeskReader(), "m"), JUDGE)
+    fresh = ConvoMemBench(ITEMS, FILLERS, (2, 6)).run(make_memory("full-context"), Priced(DeskReader(), "m"), JUDGE)
     assert [(row.item, row.text, row.right) for row in fresh.rows] == [(row.item, row.text, row.right) for row in whole.rows]
 
 
@@ -245,7 +246,7 @@ def test_an_answer_is_kept_only_for_the_same_history_policy_model_and_judge(tmp_
         prompts, spy = scripted()
         spy.name = model
         bench = ConvoMemBench(ITEMS[:2], FILLERS, (3,), seed=seed, folder=tmp_path)
-        bench.run(plain_memory(name), spy, Judge(Priced(desk_judge, judge), judge))
+        bench.run(make_memory(name), spy, Judge(Priced(desk_judge, judge), judge))
         return len(prompts)
 
     assert [asked("full-context", "m", "j", 0), asked("full-context", "m", "j", 0)] == [2, 0]
@@ -255,35 +256,35 @@ def test_an_answer_is_kept_only_for_the_same_history_policy_model_and_judge(tmp_
 
 def test_a_damaged_cache_is_one_sentence(tmp_path: Path) -> None:
     bench = ConvoMemBench(ITEMS[:1], FILLERS, (3,), folder=tmp_path)
-    bench.run(plain_memory("nothing"), READER, JUDGE)
+    bench.run(make_memory("nothing"), READER, JUDGE)
     (file,) = tmp_path.glob("*.jsonl")
     file.write_text('{"no": "row"}\n')
     with pytest.raises(Mistake, match="is no list of answers"):
-        bench.run(plain_memory("nothing"), READER, JUDGE)
+        bench.run(make_memory("nothing"), READER, JUDGE)
 
 
 def test_a_budget_ends_the_run_and_says_so() -> None:
     bench = ConvoMemBench(ITEMS, FILLERS, (6,))
-    whole = bench.run(plain_memory("full-context"), READER, JUDGE)
+    whole = bench.run(make_memory("full-context"), READER, JUDGE)
     each = sum(row.cost for row in whole.rows) / len(whole.rows)
-    cut = bench.run(plain_memory("full-context"), READER, JUDGE, budget_usd=5 * each)
+    cut = bench.run(make_memory("full-context"), READER, JUDGE, budget_usd=5 * each)
     assert cut.stopped
     assert not whole.stopped
     assert 3 <= len(cut.rows) <= 8
     with pytest.raises(Mistake, match="buys nothing"):
-        bench.run(plain_memory("full-context"), READER, JUDGE, budget_usd=0)
+        bench.run(make_memory("full-context"), READER, JUDGE, budget_usd=0)
 
 
 def test_answers_without_a_verdict_are_dropped_and_counted() -> None:
     mute = Judge(Priced(lambda prompt: "hm", "mute"), "mute", tries=2)
-    results = ConvoMemBench(ITEMS[:4], FILLERS, (6,)).run(plain_memory("nothing"), READER, mute)
+    results = ConvoMemBench(ITEMS[:4], FILLERS, (6,)).run(make_memory("nothing"), READER, mute)
     (row,) = results.table(by=("size",))
     assert (row["n"], row["dropped"]) == (0, 4)
     assert all(one.judge_calls == 2 for one in results.rows)
 
 
 def test_results_are_written_read_back_and_judged_again(tmp_path: Path) -> None:
-    results = ConvoMemBench(ITEMS, FILLERS, (6,)).run(plain_memory("full-context"), READER, JUDGE)
+    results = ConvoMemBench(ITEMS, FILLERS, (6,)).run(make_memory("full-context"), READER, JUDGE)
     results.write(tmp_path)
     assert read_results([tmp_path / "answers.jsonl"]).rows == results.rows
     assert len((tmp_path / "answers.jsonl").read_text().splitlines()) == len(results.rows)

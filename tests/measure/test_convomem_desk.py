@@ -11,7 +11,8 @@ from remanence.data.convomem_templates import template_fillers, template_items
 from remanence.measure.convomem import ConvoMemBench
 from remanence.measure.convomem_desk import RELEASED, SIZES, Curve, DeskReader, desk_judge, desk_reader, fitted, parts, words
 from remanence.measure.convomem_judge import Judge
-from remanence.measure.convomem_policies import NOTHING, answer_prompt, plain_memory, shown
+from remanence.measure.convomem_memories import make_memory
+from remanence.measure.convomem_policies import NOTHING, answer_prompt, shown
 
 ITEMS = template_items(each=1, persons=4, seed=2)
 FILLERS = template_fillers(persons=4, each=30, seed=2)
@@ -35,7 +36,7 @@ def test_the_fit_is_exact_on_its_own_form() -> None:
 def test_a_longer_prompt_fails_wherever_a_shorter_one_did() -> None:
     reader = desk_reader("flash-lite", seed=1)
     judge = Judge(desk_judge_model(), "desk judge")
-    results = ConvoMemBench(ITEMS, FILLERS, (6, 12, 30)).run(plain_memory("full-context"), reader, judge)
+    results = ConvoMemBench(ITEMS, FILLERS, (6, 12, 30)).run(make_memory("full-context"), reader, judge)
     for item in ITEMS:
         right = [row.right for row in sorted(results.rows, key=lambda row: row.size) if row.item == item.id]
         assert right == sorted(right, reverse=True), item.id

@@ -14,7 +14,8 @@ from remanence.data.convomem import Conversation, Utterance
 from remanence.data.convomem_models import Priced
 from remanence.errors import Mistake
 from remanence.measure.convomem_mem0 import Mem0
-from remanence.measure.convomem_policies import NO_ANSWER, NOTHING, Answering, answer_prompt, blocks, plain_memory, says_nothing
+from remanence.measure.convomem_memories import NAMES, MemorySettings, make_memory
+from remanence.measure.convomem_policies import NO_ANSWER, NOTHING, Answering, answer_prompt, blocks, says_nothing
 from remanence.measure.convomem_search import Hybrid, Lossy, Passage, Passages, Retrieved, bm25, dense, tf_idf
 
 
@@ -27,7 +28,7 @@ PETS = talks("My cat is called Tom.", "The weather is fine.", "I sold the boat."
 
 
 def test_full_context_numbers_every_conversation_and_names_its_id() -> None:
-    memory = plain_memory("full-context")
+    memory = make_memory("full-context")
     memory.add(PETS)
     found = memory.context("?", ECHO)
     assert found.text is not None
@@ -42,7 +43,7 @@ def test_blocks_hold_ten_conversations_and_only_those_with_quotes_are_used() -> 
         seen.append(prompt)
         return "User: My cat is called Tom." if "c12)" in prompt else "No information is relevant"
 
-    policy = Answering(plain_memory("blocks"), ECHO, Priced(helper, "h"))
+    policy = Answering(make_memory("blocks"), ECHO, Priced(helper, "h"))
     policy.add(talks(*(f"text {n}" for n in range(25))))
     answer = policy.answer("What is my cat called?")
     assert sorted(prompt.count("Conversation ") for prompt in seen) == [5, 10, 10]
@@ -51,7 +52,7 @@ def test_blocks_hold_ten_conversations_and_only_those_with_quotes_are_used() -> 
 
 
 def test_no_quote_in_any_block_gives_the_fixed_refusal_without_a_last_call() -> None:
-    policy = Answering(plain_memory("blocks"), ECHO, Priced(lambda prompt: NOTHING, "h"))
+    policy = Answering(make_memory("blocks"), ECHO, Priced(lambda prompt: NOTHING, "h"))
     policy.add(talks(*"abcdefghijkl"))
     answer = policy.answer("What?")
     assert (answer.text, answer.calls, answer.final_tokens) == (NO_ANSWER, 2, 0)
@@ -172,9 +173,9 @@ def test_a_lossy_extractor_keeps_its_share_and_loses_the_same_ones_each_time() -
 
 def test_an_unknown_policy_an_empty_question_and_empty_blocks_are_refused() -> None:
     with pytest.raises(Mistake, match="did you mean 'full-context'"):
-        plain_memory("full_context")
+        make_memory("full_context")
     with pytest.raises(Mistake, match="question"):
-        Answering(plain_memory("nothing"), ECHO).answer(" ")
+        Answering(make_memory("nothing"), ECHO).answer(" ")
     with pytest.raises(Mistake, match="block of 0"):
         blocks(0)
 
@@ -245,3 +246,20 @@ def test_a_mem0_that_does_not_answer_is_one_sentence_without_its_headers(server)
         Mem0("http://127.0.0.1:9", headers={"Authorization": "secret"}).clear()
     assert "secret" not in str(caught.value)
     assert "secret" not in repr(Mem0("http://x", headers={"Authorization": "secret"}))
+
+
+def test_memories_are_made_by_name_and_their_settings_are_part_of_it() -> None:
+    settings = MemorySettings(k=5, until=2, encode=lambda texts: np.ones((len(texts), 2)), url="http://x", own=Passages(bm25))
+    made = [make_memory(name, settings).name for name in NAMES]
+    assert len(set(made)) == len(NAMES)
+    assert "hybrid-tf-idf, 2, top 5" in made
+    for name in NAMES:
+        if "mem0" not in name:
+            memory = make_memory(name, settings)
+            memory.add(PETS)
+            assert memory.context("cat", ECHO).text is not None
+    for name in ("dense", "mem0", "own"):
+        with pytest.raises(Mistake, match=f"policy {name}"):
+            make_memory(name)
+    with pytest.raises(Mistake, match="below 1"):
+        MemorySettings(k=0)

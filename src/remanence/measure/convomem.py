@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from remanence.data.convomem import SIZES, Conversation, EvidenceItem
-from remanence.data.convomem_models import Model
+from remanence.data.convomem_models import Model, Priced
 from remanence.errors import Mistake
 from remanence.measure.convomem_judge import Judge
 from remanence.measure.convomem_packing import PACKINGS, Case, Packer
@@ -73,7 +73,7 @@ class ConvoMemBench:
                 yield from self.packer.cases(size, self.packing)
 
     def run(self, memory: Memory, model: Model, judge: Judge, helper: Model | None = None, budget_usd: float | None = None) -> Results:
-        """Ask everything of a memory with the shared prompt and return the results; models are named by their `name`, if they have one.
+        """Ask everything of a memory with the shared prompt and return the results.
 
         Args:
             memory: what hands over the context.
@@ -148,8 +148,8 @@ class ConvoMemBench:
 
 
 def model_name(model: Model) -> str:
-    """Return a model's name for tables and cache: its `name` attribute, else its function's name."""
-    return str(getattr(model, "name", None) or getattr(model, "__name__", None) or type(model).__name__)
+    """Return a model's name for tables and cache: that of a `Priced` one, else its function's or class's."""
+    return model.name if isinstance(model, Priced) else str(getattr(model, "__qualname__", type(model).__qualname__))
 
 
 def rejudge(results: Results, items: Iterable[EvidenceItem], judge: Judge) -> Results:

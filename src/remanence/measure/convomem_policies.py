@@ -246,7 +246,7 @@ def nothing(conversations: Sequence[Conversation], question: str, helper: Model)
 
 
 def plain_memory(name: str) -> History:
-    """Return a memory that needs nothing from outside: `full-context`, `extracted`, `blocks` or `nothing`."""
+    """Return a memory that needs nothing from outside: `full-context`, `extracted`, `blocks` (of ten) or `nothing`."""
     readings: dict[str, Reading] = {"full-context": full_context, "extracted": extracted, "blocks": blocks(), "nothing": nothing}
     if name not in readings:
         raise Mistake("policy", f"there is no policy '{name}'", nearest(name, readings))
