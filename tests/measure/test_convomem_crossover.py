@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from remanence.errors import Mistake
-from remanence.measure.convomem_crossover import advice, crossovers, write_crossover
+from remanence.measure.convomem_crossover import advice, crossovers, draw_crossover, write_crossover
 from remanence.measure.convomem_results import Results, Row
+from remanence.report.curves import draw_curves
 
 SIZES = (1, 10, 100)
 
@@ -118,3 +119,11 @@ def test_the_user_is_told_from_which_size_on_which_policy_pays(tmp_path: Path) -
     assert "it pays only where 30% of accuracy may go" in advice(crossovers(Results((*FULL, *loses))))
     dear = answers("retrieval", dict.fromkeys(SIZES, 0.1), dict.fromkeys(SIZES, 2000.0))
     assert "it does not pay: never cheaper" in advice(crossovers(Results((*FULL, *dear))))
+
+
+def test_a_picture_of_another_kind_or_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Mistake, match=r"'\.pdf' file"):
+        draw_crossover(Results(tuple(FULL)), tmp_path / "x.pdf")
+    with pytest.raises(Mistake, match="nothing to draw"):
+        draw_curves("t", "x", [], tmp_path / "x.png")
+    assert draw_crossover(Results(tuple(FULL)), tmp_path / "x.svg").read_text().startswith("<?xml")

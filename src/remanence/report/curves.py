@@ -58,7 +58,7 @@ def draw_curves(title: str, below: str, panels: Sequence[Panel], output: str | P
     ):
         figure = Figure(figsize=(16, 1.9 + 3.3 * down), layout="constrained")
         FigureCanvasAgg(figure)
-        figure.suptitle(title, fontsize=20, fontweight="bold", x=0.01, ha="left")
+        figure.suptitle(title, fontsize=20, fontweight="bold", x=0.005, ha="left")
         grid = figure.subplots(down, ACROSS, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
@@ -76,11 +76,11 @@ def draw_curves(title: str, below: str, panels: Sequence[Panel], output: str | P
             ticks = sorted({x for curve in panel.curves for x in curve.x})
             axes.set_xticks(ticks, [f"{x:g}" for x in ticks], minor=False)
             axes.minorticks_off()
+            axes.set_xlabel(below, fontsize=9.5, color=SOFT)
             axes.set_ylim(*((-0.02, 1.02) if panel.share else (0, None)))
             axes.tick_params(length=0, colors=SOFT, labelsize=9)
             axes.grid(axis="y", color=RULE)
             axes.spines[:].set_visible(False)
-        figure.supxlabel(below, fontsize=11, color=SOFT)
         named = [name for name in names if name in lines]
         figure.legend(
             [lines[name] for name in named],
