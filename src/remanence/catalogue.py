@@ -542,6 +542,16 @@ ENTRIES: tuple[Entry, ...] = (
         "2504.16754",
         "hema",
     ),
+    Entry(
+        "convomem",
+        "recall",
+        "measure.convomem:ConvoMemBench",
+        "benchmark",
+        "How much memory machinery a growing history needs: full context, extraction, blocks, retrieval and hybrids over 1 to 300 conversations.",
+        "Convomem Benchmark: Why Your First 150 Conversations Don't Need RAG, Pakhomov et al. 2025",
+        "2511.10523",
+        slug="convomem",
+    ),
 )
 
 PROTOCOLS: dict[str, type] = {"learn": Learner, "forget": Forgetter, "measure": Probe}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from remanence.report.interval import t_interval
+from remanence.report.interval import t_interval, wilson_interval
 from remanence.seeds import numpy_generator
 
 
@@ -42,3 +42,20 @@ def test_two_seeds_by_hand():
 def test_impossible_level_is_refused(level):
     with pytest.raises(ValueError, match="level"):
         t_interval(np.zeros(3), level)
+
+
+def test_wilson_interval_by_hand() -> None:
+    z = 1.959963984540054
+    low, high = wilson_interval(8, 10)
+    middle, half = (0.8 + z * z / 20) / (1 + z * z / 10), z * (0.016 + z * z / 400) ** 0.5 / (1 + z * z / 10)
+    assert (low, high) == pytest.approx((middle - half, middle + half))
+    assert (low, high) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+
+
+def test_wilson_interval_of_none_and_all_stays_within_0_and_1() -> None:
+    assert wilson_interval(0, 20)[0] == pytest.approx(0.0)
+    assert wilson_interval(20, 20)[1] == pytest.approx(1.0)
+    assert wilson_interval(0, 20)[1] > 0.1
+    assert np.isnan(wilson_interval(0, 0)).all()
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        wilson_interval(1, 2, level=1.0)

@@ -32,3 +32,23 @@ def t_interval(values: Float[np.ndarray, "... seeds"], level: float = 0.95) -> t
     spread = np.sqrt(np.where(present, deviation, 0.0) ** 2 @ np.ones(values.shape[-1]) / np.maximum(count - 1, 1))
     half = stdtrit(np.maximum(count - 1, 1), 0.5 + level / 2) * spread / np.sqrt(np.maximum(count, 1))
     return mean, np.where(count > 1, half, np.nan)
+
+
+def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's score interval of a share (Wilson 1927), NaN where nothing was counted.
+
+    Args:
+        successes: of `n` trials.
+        level: coverage, strictly between 0 and 1.
+    """
+    from scipy.special import ndtri
+
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie between 0 and 1, got {level}")
+    if n == 0:
+        return float("nan"), float("nan")
+    z = float(ndtri(0.5 + level / 2))
+    share, scale = successes / n, 1 + z * z / n
+    middle = (share + z * z / (2 * n)) / scale
+    half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / scale
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
