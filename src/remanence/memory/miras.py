@@ -9,23 +9,24 @@ Optimization", arXiv 2504.13173. y_t = M(W_t; q_t), read after the write; Moneta
 
 | paper | here | shape | default |
 |---|---|---|---|
-| q_t, k_t, v_t | linear, causal convolution of width 4; q and k of length 1 | (N, T, D), N = B H | |
-| eta_t | max_step sigmoid(.), the step size | (N, T, 1 or D) | max_step 1 |
-| alpha_t | sigmoid(. + 4), what is kept; its own gate | (N, T, 1 or D) | near 0.98 |
-| delta_t, Delta_t | softplus(.), the threshold of Huber losses | (N, T, 1) | near 1 |
+| q_t, k_t, v_t | linear, causal convolution of width 4, SiLU; q and k of length 1 | (N, T, D), N = B H | |
+| eta_t | max_step sigmoid(. - 2), the step size | (N, T, 1 or D) | max_step 1: near 0.12 |
+| alpha_t | sigmoid(. + 7), what is kept; its own gate | (N, T, 1 or D) | near 0.999 |
+| delta_t, Delta_t | softplus(.), the threshold of Huber losses | (N, T, 1) | near 1 per feature: sqrt(D) for a whole error |
 | momentum (Titans' eta) | sigmoid(.) with optimizer: momentum | (N, T, 1) | |
 | W_0, or its logits | begin, learned | per layer (H, I, O) | |
 | b | chunk | tokens | 16 |
 | rank of the gates' maps | gate_rank, with gates: channel | scalar | 32 |
 
 Differs from the paper: gates per head are offered beside its channel-wise ones, and are the default, as every mode is exact with them; delta is per head always;
-maps and start values of the gates, and the run of a norm per head and matrix, are ours. A softmax's weights are positive: sign comes from what stands around
+maps and start values of the gates, SiLU behind the convolution (as in Titans) and the run of a norm per head and matrix are ours. A softmax's weights are positive: sign comes from what stands around
 the memory. Queries are read after the write. Masked tokens are invisible to the convolution as well.
 Cost: that of `miras_rule.py`, with a Python loop over T / b chunks; the state is a constant number of weights, twice (chunk start and now).
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -47,8 +48,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     "yaad": {"memory": "mlp2", "bias": "huber_mixed", "retention": "l2", "optimizer": "gd"},
     "memora": {"memory": "mlp2", "bias": "l2", "retention": "kl", "optimizer": "gd"},
 }
-KEEP = 4.0  # sigmoid(4) = 0.982
-ONE = 0.5413248546  # softplus(ONE) = 1
+KEEP = 7.0  # sigmoid(7) = 0.9991; at sigmoid(4) = 0.982 half of what was told is gone after 40 tokens, whatever they are
+STEP = -2.0  # sigmoid(-2) = 0.12; a chunk's gradients are taken at one point, so that b equal tokens move the memory by b such steps
+LENGTHS = ("huber_norm", "huber_mixed")  # biases whose threshold is held against the length of a whole error, which grows with sqrt(D)
 
 
 class MirasMemory(nn.Module):
@@ -142,6 +144,7 @@ class MirasMemory(nn.Module):
         self.threshold = nn.Linear(dim, heads) if self.choices.bias.threshold else None
         self.push = nn.Linear(dim, heads) if self.momentum else None
         D = self.width
+        self.ordinary = math.log(math.expm1(D**0.5 if bias in LENGTHS else 1))  # softplus of it is where thresholds begin
         shapes = {"vector": [(1, D)], "matrix": [(D, D)], "mlp2": [(D, EXPANSION * D), (EXPANSION * D, D)]}[memory]
         spread = (lambda size: 1.0) if rule.mass else (lambda size: size**-0.5)  # logits that differ, or weights that keep lengths
         self.begin = nn.ParameterList(torch.randn(heads, *shape) * spread(shape[0]) for shape in shapes)
@@ -214,7 +217,7 @@ class MirasMemory(nn.Module):
 
     def _project(self, x: Tensor, history: Tensor, write: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         mixed, history = convolved(self.project(x), history, write, self.convolution.weight[:, 0])
-        q, k, v = (self._heads(part) for part in mixed.chunk(3, -1))
+        q, k, v = (self._heads(part) for part in F.silu(mixed).chunk(3, -1))
         return F.normalize(q, dim=-1), F.normalize(k, dim=-1), v, history
 
     def _heads(self, part: Float[Tensor, "B T HC"]) -> Float[Tensor, "N T C"]:
@@ -222,9 +225,9 @@ class MirasMemory(nn.Module):
         return exact.unflatten(-1, (self.heads, -1)).transpose(1, 2).flatten(0, 1)
 
     def _gates(self, x: Tensor, k: Tensor, v: Tensor, write: Tensor) -> Written:
-        delta = F.softplus(self._heads(self.threshold(x)) + ONE) if self.threshold is not None else torch.ones_like(k[..., :1])
+        delta = F.softplus(self._heads(self.threshold(x)) + self.ordinary) if self.threshold is not None else torch.ones_like(k[..., :1])
         mu = torch.sigmoid(self._heads(self.push(x))) if self.push is not None else None
-        eta, alpha = self.max_step * torch.sigmoid(self._heads(self.step(x))), torch.sigmoid(self._heads(self.keep(x)) + KEEP)
+        eta, alpha = self.max_step * torch.sigmoid(self._heads(self.step(x)) + STEP), torch.sigmoid(self._heads(self.keep(x)) + KEEP)
         return Written(k, v, eta, alpha, mu, delta, write.repeat_interleave(self.heads, 0)[..., None])
 
     def _norm(self, q: Tensor) -> Norm | None:

@@ -12,9 +12,9 @@ S_t = eta_t S_{t-1} - theta_t grad l(M_{t'}; t); M_t = (1 - alpha_t) M_{t-1} + S
 | M_0 | start: per layer | (H, D_in, D_out) | learned |
 | L_M, hidden width | depth, expansion D | layers, factor | 2, 4 |
 | b | chunk | tokens | 32 |
-| theta_t = max_step sigmoid(x w + b) | write | (B, H, T) | max_step 1, b = 0 |
+| theta_t = max_step sigmoid(x w + b) | write | (B, H, T) | max_step 1, b = -2 |
 | eta_t = sigmoid(x w + b) | momentum | (B, H, T) | b = 0 |
-| alpha_t = sigmoid(x w + b) | forget | (B, H, T) | b = -4: keeps |
+| alpha_t = sigmoid(x w + b) | forget | (B, H, T) | b = -7: keeps |
 | per-chunk gates | gates = "chunk": those of the chunk's first token | | "token" |
 | M(x) = x + LN(...) | residual_norm; LN's scale begins at 0.1 | | True |
 | conv | conv: width of the causal depthwise convolution, 1: none | tokens | 4 |
@@ -44,7 +44,11 @@ from remanence.memory.dual import Carry, Rule, Tokens
 from remanence.memory.inner import NORM_SCALE, Norm, Weights
 from remanence.memory.state import MemoryState, check_input
 
-GATE_BIASES = {"write": 0.0, "momentum": 0.0, "forget": -4.0}
+GATE_BIASES = {
+    "write": -2.0,
+    "momentum": 0.0,
+    "forget": -7.0,
+}  # 0.12, 0.5 and 0.0009; with forget at -4, half of what was told is gone after 40 tokens
 
 
 class NeuralMemory(nn.Module):
