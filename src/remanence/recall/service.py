@@ -21,6 +21,7 @@ from remanence.recall import erasure, transfer
 from remanence.recall.compose import compose
 from remanence.recall.gist import Compact
 from remanence.recall.items import DEFAULT, Chunk, Fact, Gist, Hit, Message, NewMessage, Prompt, Selection
+from remanence.recall.preview import Preview
 from remanence.recall.protocols import Embedder, Retriever, Store, Summarizer, Tokenizer
 from remanence.recall.retrieval import load_retriever
 from remanence.recall.settings import HemaSettings
@@ -215,7 +216,7 @@ class Recall:
         """Give a message another text; the old one is erased everywhere, gists included."""
         return erasure.edit(self, message_id, text)
 
-    def preview(self, selection: Selection) -> erasure.Preview:
+    def preview(self, selection: Selection) -> Preview:
         """Return what `forget` would remove, without removing it."""
         return erasure.preview(self, selection)
 
