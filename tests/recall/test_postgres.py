@@ -12,6 +12,7 @@ from recall.store_cases import DIM, say, unit
 from remanence.errors import Mistake
 from remanence.recall.items import Selection
 from remanence.recall.postgres_store import PostgresDense, PostgresStore
+from remanence.recall.service import Recall
 
 
 @pytest.fixture(autouse=True)
@@ -154,3 +155,24 @@ def test_a_lost_connection_is_made_again(postgres):
             except Mistake as error:
                 assert "cannot be reached" in str(error)
         assert [message.text for message in store.messages(Selection())][-1] == "two"
+
+
+@pytest.mark.parametrize("retrieval", ["dense", "hybrid"])
+def test_the_whole_memory_stands_on_a_server_by_its_address(server, retrieval):
+    address = f"{server[0]}{'&' if '?' in server[0] else '?'}schema=whole_{retrieval}"
+    with Recall.open(address, embedder="hashing", retrieval=retrieval) as memory:
+        memory.add("My sister Ada lives in Bergen.", person="eva")
+        memory.add("The boat leaves at nine.", person="tom")
+        assert memory.search("Ada in Bergen", 1)[0].chunk.text == "My sister Ada lives in Bergen."
+    with Recall.open(address, retrieval=retrieval) as memory:  # the store knows its embedder
+        assert memory.embedder.name.startswith("hashing")
+        assert "Bergen" in memory.compose("Where is Ada in Bergen?").text
+        receipt = memory.forget(Selection(None, person="eva"))
+        assert receipt["erased"]["messages"] == 1
+        assert receipt["scan"] is None or receipt["scan"]["found"] == 0
+        assert [hit.chunk.text for hit in memory.search("Ada in Bergen", 5)] == ["The boat leaves at nine."]
+
+
+def test_a_server_that_is_not_there_is_one_sentence():
+    with pytest.raises(Mistake, match="reached"):
+        Recall.open("postgresql://nobody@127.0.0.1:1/none")

@@ -139,6 +139,19 @@ class PostgresStore(SqlStore):
         self.close()
 
 
+def is_made(dsn: str, schema: str) -> bool:
+    """Return whether a schema holds a store.
+
+    Raises:
+        Mistake: the server cannot be reached.
+    """
+    base = PostgresDatabase(dsn, schema, write=False)
+    try:
+        return bool(base.one("SELECT 1 FROM information_schema.tables WHERE table_schema = ? AND table_name = 'about'", schema))
+    finally:
+        base.close()
+
+
 class PostgresDense:
     """Rank the chunks of a selection by cosine, on the server; obeys `Retriever`."""
 
@@ -151,6 +164,9 @@ class PostgresDense:
         """Return at most `k` hits, best first."""
         scores = dict(self._store.nearest(self._embedder([query])[0], k, selection))
         return [Hit(chunk, scores[chunk.id], {"cosine": scores[chunk.id]}) for chunk in self._store.chunks(list(scores))]
+
+    def refresh(self) -> None:
+        """Do nothing: nothing is held here."""
 
 
 def _literal(vector: Float32[np.ndarray, "D"]) -> str:

@@ -21,6 +21,7 @@ from remanence.recall import erasure, transfer
 from remanence.recall.compose import compose
 from remanence.recall.gist import Compact
 from remanence.recall.items import DEFAULT, Chunk, Fact, Gist, Hit, Message, NewMessage, Prompt, Selection
+from remanence.recall.opening import open_store, own_retriever
 from remanence.recall.preview import Preview
 from remanence.recall.protocols import Embedder, Retriever, Store, Summarizer, Tokenizer
 from remanence.recall.retrieval import load_retriever
@@ -76,10 +77,10 @@ class Recall:
         write: bool = True,
         **settings: Any,
     ) -> Recall:
-        """Open a store's folder, or make one.
+        """Open a store, or make one.
 
         Args:
-            path: of the folder.
+            path: its folder, or `postgresql://...` for a server (`recall/opening.py`).
             embedder: by name (`recall/embedders.py`) or itself; by default the store's own, `sentence` for a new one.
             summarizer: by name (`recall/summarizers.py`) or itself.
             tokenizer: by name (`recall/tokenizers.py`) or itself.
@@ -89,19 +90,12 @@ class Recall:
         Raises:
             Mistake: another embedder than the store's, a second writer, a damaged or newer store, an unknown name or setting.
         """
-        from remanence.recall.embedders import load_embedder
-        from remanence.recall.sqlite_store import FILE, SqliteStore
-
         chosen = HemaSettings.of(settings)
         counted = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
         shortened = load_summarizer(summarizer, counted) if isinstance(summarizer, str) else summarizer
-        if embedder is None and (Path(path) / FILE).is_file():
-            store = SqliteStore(path, write=write)
-        else:
-            embedder = load_embedder(embedder or "sentence") if embedder is None or isinstance(embedder, str) else embedder
-            store = SqliteStore(path, embedder=embedder.name, dim=embedder.dim, write=write)
+        store, made_by = open_store(path, embedder, write)
         try:
-            made = cls(store, load_embedder(store.embedder) if embedder is None else embedder, shortened, counted, chosen)
+            made = cls(store, made_by, shortened, counted, chosen, own_retriever(store, made_by, chosen.retrieval))
             made.writes = write
             return made
         except BaseException:
