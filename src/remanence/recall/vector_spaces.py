@@ -37,7 +37,7 @@ class Held:
     index: VectorIndex
     version: int | None = None
     graph: Graph | None = None
-    saved: int = 0
+    saved: int = 0  # vectors in the graph when it was last read, written, or could not be
     worker: threading.Thread | None = None
     turn: threading.Lock = field(default_factory=threading.Lock)
 
@@ -174,14 +174,15 @@ class VectorSpaces:
                     held.graph, held.saved = self._followed(graph, held.index, removed=True), saved
             if path is not None:
                 self._keep(space, held, path)
+            held.saved = len(held.graph or ())  # tried: again when it has grown
         except Exception as error:
+            held.saved = len(held.graph or ())
             log.info("the vector cache of a space was not kept (%s)", type(error).__name__)
 
     def _keep(self, space: str, held: Held, path: Path) -> None:
         """Write the graph while no one else writes, so that nothing that is being erased gets into a file after it was scrubbed."""
         with self.store.transaction(), held.turn:
+            self._catch_up(space, held)
             graph = held.graph
-            if graph is None or graph.holes or self.store.version(space) != held.version or len(graph) <= GROWN * held.saved:
-                return
-            graph.save(path, held.index)
-            held.saved = len(graph)
+            if graph is not None and not graph.holes and len(graph) > GROWN * held.saved:
+                graph.save(path, held.index)
