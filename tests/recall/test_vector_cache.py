@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,35 @@ def test_closing_the_store_ends_the_making_of_a_graph(store: SqliteStore, monkey
     held.wait()
     assert added == [64]
     assert not (store.path / "vectors").exists()
+
+
+def test_readers_beside_a_writer_find_what_is_there_and_nothing_that_was_taken(store: SqliteStore) -> None:
+    held, wrong, done = VectorSpaces(store, above=500, threads=1), [], threading.Event()
+    rows = vectors(120, "live")
+
+    def read() -> None:
+        while not done.is_set():
+            before = {int(id) for id in store.chunk_ids(Selection())}
+            found = {int(id) for id in held.search("default", rows[0], 10)[0]}
+            after = {int(id) for id in store.chunk_ids(Selection())}
+            if len(found) != 10 or not found <= before | after:
+                wrong.append(found)
+
+    readers = [threading.Thread(target=read) for _ in range(3)]
+    for reader in readers:
+        reader.start()
+    for number, row in enumerate(rows):
+        (message,) = put(store, row[None])
+        (chunk,) = store.chunk_ids(Selection(ids=(message,))).tolist()
+        if chunk not in held.search("default", row, 5)[0]:
+            wrong.append(chunk)
+        if number % 3 == 0:
+            store.prune([chunk])
+            if chunk in held.search("default", row, 50)[0]:
+                wrong.append(-chunk)
+    done.set()
+    for reader in readers:
+        reader.join()
+    held.wait()
+    assert not wrong
+    assert held.of("default").ids().tolist() == store.chunk_ids(Selection()).tolist()

@@ -37,7 +37,7 @@ class Held:
     index: VectorIndex
     version: int | None = None
     graph: Graph | None = None
-    saved: int = 0
+    saved: int = 0  # vectors in the graph when it was last read, written, or could not be
     worker: threading.Thread | None = None
     turn: threading.Lock = field(default_factory=threading.Lock)
 
@@ -136,29 +136,26 @@ class VectorSpaces:
                 index.clear(above=int(missing[0]) - 1)
                 for ids, vectors in self.store.vectors(space, above=int(missing[0]) - 1):
                     index.append(ids, vectors)
-            self._follow(held, removed=True)
-        held.version = version
-        self._follow(held)
+            held.graph = self._followed(held.graph, index, removed=True)
+        held.graph = self._followed(held.graph, index)
+        held.version = version  # last: from here on other threads search without waiting
         grown = held.graph is None or len(held.graph) > GROWN * held.saved
         if self._large(held) and grown and (held.worker is None or not held.worker.is_alive()):
             held.worker = threading.Thread(target=self._work, args=(space, held), name="remanence vector cache", daemon=True)
             held.worker.start()
 
-    def _follow(self, held: Held, *, removed: bool = False) -> None:
-        """Bring the graph to the rows of the index."""
-        graph = held.graph
+    def _followed(self, graph: Graph | None, index: VectorIndex, *, removed: bool = False) -> Graph | None:
+        """Return a graph brought to the rows of the index; `None` if it is better made anew."""
         if graph is None:
-            return
+            return None
         if removed:
-            graph.remove(np.setdiff1d(graph.ids(), held.index.ids(), assume_unique=True))
+            graph.remove(np.setdiff1d(graph.ids(), index.ids(), assume_unique=True))
             if graph.holes > HOLED * len(graph):
-                held.graph = None
-                return
-        for ids, rows in held.index.blocks():
+                return None
+        for ids, rows in index.blocks():
             new = np.searchsorted(ids, graph.last, side="right")
             graph.add(ids[new:], rows[new:], self.threads)
-        if len(graph) != len(held.index):
-            held.graph = None
+        return graph if len(graph) == len(index) else None
 
     def _work(self, space: str, held: Held) -> None:
         """Read or make a space's graph, and write it if it has grown; a cache that cannot be kept is none, so no error of it stops anyone."""
@@ -174,18 +171,18 @@ class VectorSpaces:
                         self.store.version(space)  # a store that was closed, or a space that was dropped, ends it here
                         graph.add(ids, rows, self.threads)
                 with held.turn:
-                    held.graph, held.saved = graph, saved
-                    self._follow(held, removed=True)
+                    held.graph, held.saved = self._followed(graph, held.index, removed=True), saved
             if path is not None:
                 self._keep(space, held, path)
+            held.saved = len(held.graph or ())  # tried: again when it has grown
         except Exception as error:
+            held.saved = len(held.graph or ())
             log.info("the vector cache of a space was not kept (%s)", type(error).__name__)
 
     def _keep(self, space: str, held: Held, path: Path) -> None:
         """Write the graph while no one else writes, so that nothing that is being erased gets into a file after it was scrubbed."""
         with self.store.transaction(), held.turn:
+            self._catch_up(space, held)
             graph = held.graph
-            if graph is None or graph.holes or self.store.version(space) != held.version or len(graph) <= GROWN * held.saved:
-                return
-            graph.save(path, held.index)
-            held.saved = len(graph)
+            if graph is not None and not graph.holes and len(graph) > GROWN * held.saved:
+                graph.save(path, held.index)
