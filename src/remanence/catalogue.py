@@ -532,6 +532,16 @@ ENTRIES: tuple[Entry, ...] = (
         "2501.00663",
         "titans",
     ),
+    Entry(
+        "hema",
+        "recall",
+        "recall.hema:HemaMemory",
+        "conversation memory",
+        "An always visible gist, searchable episodes, and prompts of old conversations under a hard budget of tokens.",
+        "HEMA: A Hippocampus-Inspired Extended Memory Architecture for Long-Context AI Conversations, Ahn 2025",
+        "2504.16754",
+        "hema",
+    ),
 )
 
 PROTOCOLS: dict[str, type] = {"learn": Learner, "forget": Forgetter, "measure": Probe}

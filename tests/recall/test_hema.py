@@ -106,7 +106,8 @@ def test_dropped_chunks_score_below_kept_ones(tmp_path):
             prompt = held.recall.compose("what of " + sentence(numpy_generator(budget), 6), budget=budget)
             cosines = {hit.chunk.id: hit.score for hit in held.search(prompt.parts["user"], 60)}
             assert prompt.tokens <= budget
-            assert prompt.chunk_ids and prompt.dropped
+            assert prompt.chunk_ids
+            assert prompt.dropped
             assert min(prompt.scores) >= max(cosines[id] for id in prompt.dropped)
             assert prompt.scores == tuple(cosines[id] for id in prompt.chunk_ids)
 
@@ -591,7 +592,8 @@ def test_no_language_model_is_on_the_read_path(tmp_path):
     with memory(tmp_path, summarizer=never) as held:
         fill(held, 120)
         never.reading = True
-        assert held.compose("hello").chunk_ids and held.search("hello")
+        assert held.compose("hello").chunk_ids
+        assert held.search("hello")
 
 
 def test_an_empty_memory_composes_the_user_turn_alone(tmp_path):
@@ -606,3 +608,123 @@ def test_a_hit_of_words_has_no_cosine_and_the_prompt_shows_its_score(tmp_path):
         texts = fill(held, 30)
         assert isinstance(held.search(texts[2])[0], Hit)
         assert len(held.compose(texts[2]).scores) == len(held.compose(texts[2]).chunk_ids)
+
+
+@pytest.mark.parametrize("sos", [True, False])
+def test_deleting_a_turn_rebuilds_every_summary_that_saw_it_and_leaves_no_marker_on_disk(tmp_path, sos):
+    with memory(tmp_path / "a", period=10, sos=sos) as held, memory(tmp_path / "b", period=10, sos=sos) as never:
+        texts = [f"Turn {turn} is about {WORDS[turn]}." for turn in range(1, 36)]
+        texts[14] = "Zebulon Quartz7731 moved to Xanaduville, 4711 Main Street, in December 2019."
+        held.recall.add_many([NewMessage("user", text, at=float(turn), turn=turn) for turn, text in enumerate(texts, 1)])
+        never.recall.add_many([NewMessage("user", text, at=float(turn), turn=turn) for turn, text in enumerate(texts, 1) if turn != 15])
+        saw = [gist for gist in held.recall.store.gists("default", "default") if "Quartz7731" in gist.text]
+        assert {gist.kind for gist in saw} == ({"segment", "whole"} if sos else {"flat"})
+        assert held.forget([15])
+        assert [gist.text for gist in held.recall.store.gists("default", "default")] == [
+            gist.text for gist in never.recall.store.gists("default", "default")
+        ]
+        assert held.recall.compose("hello", used=False).text == never.recall.compose("hello", used=False).text
+        for file in held.recall.store.files():
+            content = Path(file).read_bytes()
+            for word in (b"Zebulon", b"Quartz7731", b"Xanaduville", b"zebulon", b"quartz7731"):
+                assert word not in content
+        assert held.add_turn("user", "and on it goes") == 36
+
+
+def test_editing_a_turn_rebuilds_its_summaries_too(tmp_path):
+    with memory(tmp_path, period=10) as held:
+        messages = held.recall.add_many([NewMessage("user", f"Turn {turn} names {WORDS[turn].title()}.") for turn in range(1, 13)])
+        held.recall.edit(messages[2].id, "Ana lives in Porto since 2019, 4711 Main Street.")
+        assert "Porto" in held.gist()
+        assert WORDS[3].title() not in held.gist()
+        gists = held.recall.store.gists("default", "default")
+        held.recall.edit(messages[11].id, "Bo lives in Riga since 2018, 12 Long Road.")
+        assert [gist for gist in held.recall.store.gists("default", "default") if gist.kind == "segment"] == [
+            gist for gist in gists if gist.kind == "segment"
+        ]
+        assert "Riga" in held.gist()
+
+
+def test_the_gist_goes_on_where_the_last_turns_of_a_segment_were_forgotten(tmp_path):
+    """The next turn takes the forgotten one's number: its segment is open again and keeps what it said before."""
+    with memory(tmp_path, period=10, summarizer=Counting(), summary_tokens=1 << 19) as held:
+        held.recall.add_many([NewMessage("user", f"t{turn}") for turn in range(1, 21)])
+        held.forget([20])
+        assert held.add_turn("user", "t99") == 20
+        assert sorted(rewrites(held.gist())) == [*range(1, 20), 99]
+        held.forget([18, 20])
+        assert sorted(rewrites(held.gist())) == [*range(1, 18), 19]
+        held.recall.add("t50", turn=50)
+        held.forget([50])
+        held.add_turn("user", "t98")
+        assert sorted(rewrites(held.gist())) == [*range(1, 18), 19, 98]
+        held.forget(Selection())
+        assert held.recall.spaces() == [] or held.gist() == ""
+
+
+def test_another_period_makes_all_gists_anew(tmp_path):
+    for period in (10, 20, 7):
+        with memory(tmp_path, period=period, summarizer=Counting(), summary_tokens=1 << 19) as held:
+            done = held.recall.store.last_turn("default", "default") if held.recall.spaces() else 0
+            held.recall.add_many([NewMessage("user", f"t{turn}") for turn in range(done + 1, done + 48)])
+            gists = held.recall.store.gists("default", "default")
+            assert [gist.segment for gist in gists if gist.kind == "segment"] == list(range(1, (done + 47) // period + 1))
+            assert sorted(rewrites(held.gist())) == list(range(1, done + 48))
+
+
+def test_levels_can_be_switched_on_a_conversation_that_has_begun(tmp_path):
+    for sos in (False, True, False):
+        with memory(tmp_path, period=10, sos=sos, summarizer=Counting(), summary_tokens=1 << 19) as held:
+            done = held.recall.store.last_turn("default", "default") if held.recall.spaces() else 0
+            held.recall.add_many([NewMessage("user", f"t{turn}") for turn in range(done + 1, done + 16)])
+            assert sorted(rewrites(held.gist())) == list(range(1, done + 16))
+
+
+def test_a_conversation_that_is_not_there_and_halves_of_characters(tmp_path):
+    with memory(tmp_path) as held:
+        texts = fill(held, 5)
+        for scope in ("space", "conversation"):
+            prompt = held.recall.compose(texts[0], conversation="new", scope=scope)
+            assert bool(prompt.chunk_ids) == (scope == "space")
+        assert held.recall.compose("hello", space="nowhere").text == "<user>\nhello\n</user>"
+        for attempt in (held.compose, held.search):
+            with pytest.raises(Mistake, match="surrogate"):
+                attempt("half \ud800")
+        with pytest.raises(Mistake, match="conversation"):
+            held.recall.compose("hello", scope="converstion")
+
+
+def test_chunks_of_other_conversations_are_used_at_the_turn_where_those_are(tmp_path):
+    with memory(tmp_path) as held:
+        held.recall.add_many([NewMessage("user", f"Ana lives in Lisbon, {turn}.") for turn in range(7)], conversation="other")
+        held.recall.compose("Where does Ana live?", conversation="here")
+        assert set(held.recall.store.ages("default", "other")[2].tolist()) == {7}
+
+
+def test_a_store_opened_for_reading_composes_beside_the_writer_and_takes_its_embedder(tmp_path):
+    from remanence.recall.service import Recall
+
+    with memory(tmp_path) as held:
+        texts = fill(held, 40)
+        with Recall.open(tmp_path, tokenizer="plain", write=False) as reader:
+            assert reader.embedder.name == "hashing:64"
+            assert reader.compose(texts[3]).text == held.recall.compose(texts[3], used=False).text
+            with pytest.raises(Mistake, match="reading"):
+                reader.add("hello")
+
+
+def test_a_sealed_space_stays_sealed_when_it_is_embedded_anew(tmp_path, monkeypatch):
+    from remanence.recall.embedders import load_embedder
+
+    monkeypatch.setenv("REMANENCE_KEYS", str(tmp_path / "keys"))
+    with memory(tmp_path / "a") as one:
+        one.recall.store.make_space("default", encrypt=True)
+        one.recall.store.make_space("open")
+        one.recall.add("Zebulon Quartz7731 moved to Xanaduville.")
+        one.recall.add("Nothing to hide.", space="open")
+        assert one.compose("Where did Zebulon move?").chunk_ids == ()  # it is in the tail
+        with one.recall.reindex(tmp_path / "b", load_embedder("hashing:32")) as made:
+            assert made.search("Where is Zebulon?")[0].chunk.text.startswith("Zebulon")
+            made.store.scrub()
+            assert not any(b"Quartz7731" in Path(file).read_bytes() for file in made.store.files())
+            assert any(b"Nothing to hide" in Path(file).read_bytes() for file in made.store.files())

@@ -56,6 +56,10 @@ class Compact:
         kind = "running" if self.sos else "flat"
         return next((gist.last for gist in gists if gist.kind == kind), 0)
 
+    def fits(self, gists: Iterable[Gist]) -> bool:
+        """Return whether frozen gists have this period; if not, all are to be made anew."""
+        return all(gist.segment == self.segment(gist.last) == self.segment(gist.first) for gist in gists if gist.kind == "segment")
+
     def visible(self, gists: Iterable[Gist]) -> str:
         """Return the line that enters a prompt."""
         kinds = ("whole", "running") if self.sos else ("flat",)
@@ -114,22 +118,17 @@ class Compact:
             return self.replay([], conversation, messages)
         touched_segments = {self.segment(turn) for turn in touched}
         kept = {gist.segment: gist for gist in gists if gist.kind == "segment" and gist.segment not in touched_segments}
-        newest = max([self.segment(message.turn) for message in messages], default=0)
-        ended = {gist.segment for gist in gists if gist.kind == "segment"}
-        frozen: list[Gist] = []
-        running: list[Gist] = []
-        for j in sorted({self.segment(message.turn) for message in messages}):
-            if j in kept:
-                frozen.append(kept[j])
-                continue
-            made = self._level_one(conversation, [message for message in messages if self.segment(message.turn) == j])
-            if j in ended or j < newest:
-                frozen.append(self._freeze(made))
-            else:
-                running = [made]
-        if not running and frozen:
-            running = [Gist(conversation, "running", 0, frozen[-1].last + 1, frozen[-1].last, "")]
-        return [*frozen, *([self.whole(frozen)] if frozen else []), *running]
+        held: dict[int, list[Message]] = {}
+        for message in messages:
+            held.setdefault(self.segment(message.turn), []).append(message)
+        frozen, running = [], Gist(conversation, "running", 0, 1, 0, "")
+        for j, own in held.items():
+            if j < max(held) or own[-1].turn == j * self.period:
+                frozen.append(kept[j] if j in kept else self._freeze(self._level_one(conversation, own)))
+                running = Gist(conversation, "running", 0, own[-1].turn + 1, own[-1].turn, "")
+            else:  # its last turns are gone: it is open again, and the next ones belong to it
+                running = self._level_one(conversation, own)
+        return [*frozen, *([self.whole(frozen)] if frozen else []), *([running] if held else [])]
 
     def _level_one(self, conversation: str, messages: Sequence[Message]) -> Gist:
         """Return the running sentence of one segment's messages."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from remanence.errors import Mistake, nearest
-from remanence.recall import transfer
+from remanence.recall import erasure, transfer
 from remanence.recall.compose import compose
 from remanence.recall.gist import Compact
 from remanence.recall.items import DEFAULT, Chunk, Fact, Gist, Hit, Message, NewMessage, Prompt, Selection
@@ -26,7 +26,7 @@ from remanence.recall.retrieval import load_retriever
 from remanence.recall.settings import HemaSettings
 from remanence.recall.summarizers import Extractive, load_summarizer
 from remanence.recall.tokenizers import load_tokenizer
-from remanence.recall.turns import BATCH, Turns
+from remanence.recall.turns import BATCH, Turns, spelled
 from remanence.training.progress import watched
 
 DEFAULTS = HemaSettings()
@@ -57,7 +57,7 @@ class Recall:
         if (store.embedder, store.dim) != (embedder.name, embedder.dim):
             problem = f"it was made with '{store.embedder}' ({store.dim} numbers), not '{embedder.name}' ({embedder.dim})"
             raise Mistake("embedder", problem, "name the store's embedder, or embed it anew with reindex")
-        self.store, self.embedder, self.settings = store, embedder, settings
+        self.store, self.embedder, self.settings, self.writes = store, embedder, settings, True
         self.tokenizer = load_tokenizer("sentence") if tokenizer is None else tokenizer
         self.summarizer = Extractive(self.tokenizer) if summarizer is None else summarizer
         self.retriever = load_retriever(settings.retrieval, store, embedder) if retriever is None else retriever
@@ -100,7 +100,9 @@ class Recall:
             embedder = load_embedder(embedder or "sentence") if embedder is None or isinstance(embedder, str) else embedder
             store = SqliteStore(path, embedder=embedder.name, dim=embedder.dim, write=write)
         try:
-            return cls(store, load_embedder(store.embedder) if embedder is None else embedder, shortened, counted, chosen)
+            made = cls(store, load_embedder(store.embedder) if embedder is None else embedder, shortened, counted, chosen)
+            made.writes = write
+            return made
         except BaseException:
             store.close()
             raise
@@ -134,7 +136,7 @@ class Recall:
 
     def search(self, query: str, k: int = 10, selection: Selection = HERE) -> list[Hit]:
         """Return the best chunks for a query, best first."""
-        return self.retriever.search(query, k, selection) if query.strip() and k > 0 else []
+        return self.retriever.search(spelled("query", query), k, selection) if query.strip() and k > 0 else []
 
     def compose(
         self,
@@ -156,7 +158,7 @@ class Recall:
             space, conversation: where it is.
             budget: tokens at most; by default the settings'.
             scope: retrieve from the whole space, or from the conversation alone.
-            used: note the retrieved chunks as used at this turn; `False` for a preview.
+            used: note the retrieved chunks as used at this turn (if the store is open for writing); `False` for a preview.
             seen: texts that the model is shown anyway (a client's own history): chunks of them are not retrieved again.
 
         Raises:
@@ -175,8 +177,8 @@ class Recall:
         prompt = compose(
             self.tokenizer,
             self.settings.budget if budget is None else budget,
-            user=user_text,
-            system=system,
+            user=spelled("user turn", user_text),
+            system=spelled("system", system),
             gist=self.compact.visible(self.store.gists(space, conversation)) if known and self.settings.compact else "",
             facts=[fact.text for fact in self.store.facts(space, pinned=True) if fact.conversation in (None, conversation)]
             if known
@@ -184,7 +186,7 @@ class Recall:
             hits=hits,
             tail=tail,
         )
-        if used and prompt.chunk_ids:
+        if used and self.writes and prompt.chunk_ids:
             now = current.turn if current is not None else self.store.last_turn(space, conversation) + 1
             self._touch([hit.chunk for hit in hits if hit.chunk.id in prompt.chunk_ids], conversation, now)
         return prompt
@@ -211,20 +213,14 @@ class Recall:
 
     def edit(self, message_id: int, text: str) -> Message:
         """Give a message another text; the old one is erased everywhere, gists included."""
-        from remanence.recall import erasure
-
         return erasure.edit(self, message_id, text)
 
-    def preview(self, selection: Selection) -> Any:
+    def preview(self, selection: Selection) -> erasure.Preview:
         """Return what `forget` would remove, without removing it."""
-        from remanence.recall import erasure
-
         return erasure.preview(self, selection)
 
     def forget(self, selection: Selection, *, reason: str = "") -> dict[str, Any]:
         """Erase messages with everything that was made of them; return the receipt."""
-        from remanence.recall import erasure
-
         return erasure.erase(self, selection, reason)
 
     def gist(self, space: str = DEFAULT, conversation: str = DEFAULT) -> str:

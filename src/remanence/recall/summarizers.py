@@ -25,6 +25,7 @@ ASK = (
     "Rewrite the running summary of a conversation so that it also covers the new turn. Keep names, numbers, dates and corrections; where they contradict, "
     "keep the newer. At most {tokens} tokens, one line, nothing but the summary.\n\nSummary so far: {earlier}\nNew turn: {new}"
 )
+BREVITY = 4  # words that a sentence counts beyond its own, so that a cry of one word is not the densest
 MISSES = 40  # sentences in a row that do not fit any more: then the line is full
 _SENTENCE = re.compile(r"(?<=[.!?])\s+|\s*\n\s*")
 _WORD = re.compile(r"\w+(?:[-'’]\w+)*")
@@ -85,8 +86,9 @@ class Extractive:
         return " ".join(sentences[place] for place in sorted(kept))
 
     def _worth(self, sentence: str) -> float:
-        """Return the sum of the words' weights; a question tells little: its answer is what counts."""
-        total = sum(self.weight(word) for word in set(_WORD.findall(sentence)))
+        """Return the words' weight for the room it takes, so that the line tells most; a question tells little: its answer is what counts."""
+        words = _WORD.findall(sentence)
+        total = sum(self.weight(word) for word in set(words)) / (len(words) + BREVITY)
         return total / 4 if sentence.endswith("?") else total
 
 

@@ -77,22 +77,18 @@ class Spans:
 
     def pieces(self, text: str, tokens: int) -> list[tuple[int, int]]:
         """Return (start, end) of consecutive pieces of at most so many tokens that cover the text."""
-        found, start = [], 0
-        ends = self.ends(text)
-        if len(ends) <= tokens:
-            return [(0, len(text))]
-        cuts = [*np.unique(ends[tokens - 1 :: tokens]).tolist(), len(text)]
-        for end in cuts:
-            if end <= start or (end == len(text) and not text[start:].strip()):
-                continue
-            while self.count(text[start:end]) > tokens:
-                step = max(1, len(self.cut(text[start:end], tokens)))
-                found.append((start, start + step))
-                start += step
-            found.append((start, end))
+        found: list[tuple[int, int]] = []
+        ends, start = self.ends(text), 0
+        while start < len(text):
+            place = int(np.searchsorted(ends, start, "right"))  # the first token that ends behind the start
+            end = len(text) if len(ends) - place <= tokens else int(ends[place + tokens - 1])
+            if self.count(text[start:end]) > tokens:  # a piece's merges may differ from the whole text's
+                end = start + max(1, len(self.cut(text[start:end], tokens)))
+            if found and not text[start:end].strip():  # blanks belong to what is before them
+                found[-1] = (found[-1][0], end)
+            else:
+                found.append((start, end))
             start = end
-        if start < len(text):  # blanks at the end
-            found[-1] = (found[-1][0], len(text))
         return found
 
 

@@ -85,8 +85,10 @@ def load(recall: Recall, path: Path, space: str) -> int:
 def reindex(recall: Recall, path: Path, embedder: Embedder | None) -> Recall:
     """Make a new store with everything of another one, in its order, and its vectors made anew; return it, open.
 
+    A space that is sealed is sealed in the new store too, with a key of its own (so is any whose store does not say).
+
     Raises:
-        Mistake: there is something at `path`, or a space is sealed.
+        Mistake: there is something at `path`.
     """
     from remanence.recall.service import Recall
     from remanence.recall.sqlite_store import SqliteStore
@@ -97,6 +99,8 @@ def reindex(recall: Recall, path: Path, embedder: Embedder | None) -> Recall:
     made = Recall(
         SqliteStore(path, embedder=chosen.name, dim=chosen.dim), chosen, recall.summarizer, recall.tokenizer, settings=recall.settings
     )
+    for space in recall.store.spaces():
+        made.store.make_space(space, encrypt=recall.store.cache(space) is None)
     lines = lines_of(recall, Selection(space=None))
     for place, group in groupby(lines, key=lambda line: _place(line)):
         if place is None:

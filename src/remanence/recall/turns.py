@@ -44,11 +44,21 @@ def checked(message: NewMessage) -> NewMessage:
     if not isinstance(message.text, str) or not message.text.strip():
         raise Mistake("text", "is empty", "give a text")
     for name, text in (("text", message.text), ("person", message.person or ""), ("key", message.key or "")):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError:
-            raise Mistake(name, "holds half a surrogate pair, which is no character", "decode it with errors='replace'") from None
+        spelled(name, text)
     return message
+
+
+def spelled(name: str, text: str) -> str:
+    """Return a text that can be written.
+
+    Raises:
+        Mistake: it is no Unicode.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Mistake(name, "holds half a surrogate pair, which is no character", "decode it with errors='replace'") from None
+    return text
 
 
 def chunked(embedder: Embedder, tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> list[list[NewChunk]]:
@@ -100,7 +110,7 @@ class Turns:
                     with self.store.transaction():
                         if self.state(space, conversation) != state:
                             raise _Changed
-                        before = state[1]
+                        before, fits = state[1], self.compact.fits(state[0])
                         for place, turn, gists in zip(fresh, turns, plan):
                             message, ids = self.store.append(space, conversation, _at(messages[place], turn), chunks[place])
                             if not ids:
@@ -108,7 +118,8 @@ class Turns:
                                 raise _Known
                             stored[place] = message
                             if gists:
-                                self.store.put_gists(space, conversation, gists)
+                                self.store.put_gists(space, conversation, gists, clear=not fits)
+                                fits = True
                             if fires(before, turn, self.settings.period):
                                 self.prune(space, conversation, turn)
                             before = turn
@@ -140,14 +151,16 @@ class Turns:
                 with self.store.transaction():
                     if self.state(space, conversation) != state:
                         continue
-                    new = [gist for gist in gists if gist not in state[0]]
+                    fits = self.compact.fits(state[0])
+                    new = [gist for gist in gists if gist not in state[0]] if fits else gists
                     if new:
-                        self.store.put_gists(space, conversation, new)
+                        self.store.put_gists(space, conversation, new, clear=not fits)
                     return {"turn": state[1], "gists": len(new), "pruned": self.prune(space, conversation, state[1]) if force else 0}
 
     def caught_up(self, space: str, conversation: str, state: tuple[list[Gist], int]) -> list[Gist]:
         """Return the gists with every turn in them, even if a summariser had failed or the settings were others."""
         gists, last = state
+        gists = gists if self.compact.fits(gists) else []  # the period is another than it was
         covered = self.compact.covered(gists)
         if covered >= last:
             return gists
@@ -161,7 +174,7 @@ class Turns:
         if not self.settings.compact:
             return [[] for _ in turns]
         plan: list[list[Gist]] = []
-        old = state[0]
+        old = state[0] if self.compact.fits(state[0]) else []
         try:
             gists = self.caught_up(space, conversation, state)
             for turn, message in zip(turns, messages):
