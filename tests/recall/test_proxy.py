@@ -379,7 +379,7 @@ def test_an_odd_answer_is_passed_on_and_is_no_reply(place: Desk, answer: bytes, 
     assert [one.role for one in place.stored()] == ["user"]
 
 
-def test_five_hundred_odd_requests_are_answered_without_a_failure(place: Desk) -> None:
+def test_odd_requests_by_chance_are_answered_without_a_failure(place: Desk) -> None:
     place.recall.add("hi user system text", conversation="old")
     place.upstream.script = plain("Yes.")
     chance = random.Random(5)
@@ -434,7 +434,7 @@ def test_five_hundred_odd_requests_are_answered_without_a_failure(place: Desk) -
     upstream = place.upstream
     scripted.PAUSE, pause = 0.0, scripted.PAUSE
     try:
-        for _ in range(500):
+        for _ in range(150):
             body = {"model": "m", "messages": [message() for _ in range(chance.randrange(4))]}
             body |= {chance.choice(names): value(1) for _ in range(chance.randrange(3))}
             headers = {
@@ -444,7 +444,7 @@ def test_five_hundred_odd_requests_are_answered_without_a_failure(place: Desk) -
             assert answer.status_code in (200, 400), (body, headers, answer.text)
     finally:
         scripted.PAUSE = pause
-    assert len(upstream.raw) > 100
+    assert len(upstream.raw) > 30
 
 
 # The switch, the spaces, the secrets.

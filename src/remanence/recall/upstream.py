@@ -92,7 +92,7 @@ class HttpUpstream:
 
     async def open(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Answer:
         """Send a request; only OpenAI's own headers of the caller go along."""
-        sent = {name: value for name, value in headers.items() if re.match(r"(?i)openai-|idempotency-key$", name)}
+        sent = {name: value for name, value in headers.items() if re.match(r"(?i)openai-|idempotency-key$", name) and value.isascii()}
         sent |= {"content-type": "application/json", "accept-encoding": "identity"}  # pieces as they are, not as a decoder cuts them
         try:
             request = self._http.build_request(method, f"{self.name}/{path}", content=body, headers=sent)
