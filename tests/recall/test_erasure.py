@@ -206,6 +206,22 @@ def test_a_whole_space_goes_with_its_key_and_its_backup_is_noise(tmp_path):
         backup.messages(Selection("sealed"))
 
 
+def test_a_plain_space_leaves_no_trace_of_itself_and_others_are_untouched(tmp_path):
+    with opened(tmp_path / "store") as recall:
+        gone = fill(recall, 20, ("Bergamotte tenant",))
+        kept = recall.add_many([NewMessage("user", said(number + 9000), "bo") for number in range(9)])
+        recall.add_fact("Bergamotte tenant", f"By hand {marker(7001)}.", pinned=True)
+        vectors = np.concatenate([rows for _, rows in recall.store.vectors("Bergamotte tenant")])
+        receipt = recall.forget(Selection("Bergamotte tenant"))
+        assert (receipt["erased"]["messages"], receipt["erased"]["facts"], receipt["scan"]["found"]) == (20, 1, 0)
+        assert traces(recall, tmp_path / "store", gone) == []
+        held = everything(tmp_path / "store")
+        assert not any(word in held for word in (b"Bergamotte", marker(7001).encode(), marker(501).encode()))
+        assert scan_store(recall.store, [], list(vectors)).clean
+        assert recall.messages() == kept
+        assert recall.search(kept[3].text, 1)[0].chunk.message == kept[3].id
+
+
 def test_a_preview_shows_what_goes_and_what_repeats_it_and_changes_nothing(tmp_path):
     with opened(tmp_path / "store") as recall:
         secret = f"The combination of the safe is {marker(1)}."

@@ -22,7 +22,7 @@ from remanence.errors import Mistake
 from remanence.recall.deletion import ERASED, FORMAT, LISTED, SCRUBBED, asked, hasher, ranges, sealed
 from remanence.recall.items import Gist, Message, NewMessage, Selection
 from remanence.recall.needles import echoing, repeats
-from remanence.recall.preview import LOOKED, Doomed, Place, doomed_by, find, places, preview, sample, staying
+from remanence.recall.preview import LOOKED, Doomed, Place, Preview, doomed_by, find, places, preview, sample, staying
 from remanence.recall.residue import scan_store
 from remanence.recall.turns import checked, chunked
 from remanence.receipts import local_key
@@ -30,7 +30,7 @@ from remanence.receipts import local_key
 if TYPE_CHECKING:
     from remanence.recall.service import Recall
 
-__all__ = ["edit", "erase", "find", "finish", "preview"]
+__all__ = ["Preview", "edit", "erase", "find", "finish", "preview"]
 LOG = logging.getLogger("remanence.recall")
 LETTERS = 2_000_000  # of the texts that a scan looks for together
 
@@ -132,8 +132,8 @@ def _cleaned(recall: Recall, body: dict[str, Any], doomed: Doomed, look: bool) -
     """Scrub and scan after the transaction; return the receipt."""
     store = recall.store
     try:
-        recall.retriever.refresh()
         store.scrub()
+        recall.retriever.refresh()
         texts, vectors = _looked(doomed.texts), doomed.vectors
         seen = scan_store(store, texts, vectors) if look and store.files() else None  # the files of a server cannot be read from here
         told = None
