@@ -4,10 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bench claims torture clean
+.PHONY: help demo test lint docs bench claims torture torture-recall clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -43,5 +43,8 @@ claims: $(VENV)/base ## run every desk claim and save what came out
 torture: $(VENV)/dev ## kill a run at 100 random instants, resume it, compare
 	$(BIN)/python -m benchmarks.torture
 
+torture-recall: $(VENV)/dev ## fifty clients, kills, a full disk, damage and nonsense against the conversation memory
+	$(BIN)/python -m benchmarks.torture_recall
+
 clean: ## remove what these targets made here
-	rm -rf $(VENV) .venv-avalanche runs site
+	rm -rf $(VENV) .venv-avalanche .venv-titans .venv-recall-peers runs site

@@ -51,6 +51,9 @@ EmbedderOption = Annotated[
         help="What makes vectors of text, for a new store: sentence (offline), a sentence-transformers id or folder, openai:MODEL@URL."
     ),
 ]
+RetrievalOption = Annotated[
+    str, typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both).")
+]
 SummarizerOption = Annotated[str, typer.Option(help="What keeps the gist: extractive, hf:FOLDER, openai:MODEL@URL, or none.")]
 
 
@@ -66,7 +69,10 @@ def add(
     sealed: Annotated[bool, typer.Option("--sealed", help="If the space is new: encrypt it with a key of its own.")] = False,
     store: StoreOption = None,
     embedder: EmbedderOption = None,
-    summarizer: SummarizerOption = "extractive",
+    summarizer: RetrievalOption = Annotated[
+    str, typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both).")
+]
+SummarizerOption = "extractive",
 ) -> None:
     """Store one message, verbatim.
 
@@ -90,6 +96,7 @@ def ask(
     budget: Annotated[int | None, typer.Option(min=1, help="Most tokens of the prompt; by default 3500.")] = None,
     space: Space = "default",
     conversation: OneConversation = None,
+    retrieval: RetrievalOption = "dense",
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -101,7 +108,7 @@ def ask(
 
     from remanence.recall.items import Selection
 
-    with _open(store, write=False) as memory:
+    with _open(store, write=False, retrieval=retrieval) as memory:
         if prompt or model:
             scope = "conversation" if conversation else "space"
             made = memory.compose(
@@ -319,7 +326,10 @@ def import_messages(
     space: Space = "default",
     store: StoreOption = None,
     embedder: EmbedderOption = None,
-    summarizer: SummarizerOption = "extractive",
+    summarizer: RetrievalOption = Annotated[
+    str, typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both).")
+]
+SummarizerOption = "extractive",
 ) -> None:
     """Add the messages of a file; one that was cut short goes on where it stopped.
 
@@ -339,9 +349,13 @@ def serve(
         str | None, typer.Option(help="Model behind /v1/chat/completions: the URL of an OpenAI-compatible server, or hf:FOLDER.")
     ] = None,
     rate: Annotated[float, typer.Option(min=0, help="Requests per second and key, on average; 0: no limit.")] = 100.0,
+    retrieval: RetrievalOption = "dense",
     store: StoreOption = None,
     embedder: EmbedderOption = None,
-    summarizer: SummarizerOption = "extractive",
+    summarizer: RetrievalOption = Annotated[
+    str, typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both).")
+]
+SummarizerOption = "extractive",
 ) -> None:
     """Serve the memory: a web page, REST, an OpenAI-compatible proxy, and MCP at /mcp.
 
@@ -359,7 +373,7 @@ def serve(
     from remanence.recall.upstream import load_upstream
 
     behind = load_upstream(upstream) if upstream else None
-    memory = _open(store, embedder=embedder, summarizer=summarizer)
+    memory = _open(store, embedder=embedder, summarizer=summarizer, retrieval=retrieval)
     settings = ServerSettings(keys=None if open_to_all else _keys(store), rate=rate)
     routers = [make_proxy(memory, behind)] if behind is not None else []
     run(memory, host, port, settings, routers=routers, mounts={"/mcp": mcp_app(memory, network=network)}, network=network)
@@ -370,7 +384,10 @@ def mcp(
     space: Space = "default",
     store: StoreOption = None,
     embedder: EmbedderOption = None,
-    summarizer: SummarizerOption = "extractive",
+    summarizer: RetrievalOption = Annotated[
+    str, typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both).")
+]
+SummarizerOption = "extractive",
 ) -> None:
     """Speak MCP on standard input and output: what an assistant on this machine starts by itself.
 
@@ -381,7 +398,7 @@ def mcp(
         raise Mistake("recall mcp", f"needs a package that is not installed ({missing})", "pip install 'remanence[serve]'")
     from remanence.recall.mcp_server import serve_stdio
 
-    serve_stdio(_open(store, embedder=embedder, summarizer=summarizer), [space])
+    serve_stdio(_open(store, embedder=embedder, summarizer=summarizer, retrieval=retrieval), [space])
 
 
 @recall_app.command()
@@ -497,10 +514,12 @@ def _free(pattern: str) -> Path:
     return Path(pattern.format(number))
 
 
-def _open(store: str | None, *, write: bool = True, embedder: str | None = None, summarizer: str = "extractive") -> Recall:
+def _open(
+    store: str | None, *, write: bool = True, embedder: str | None = None, summarizer: str = "extractive", retrieval: str = "dense"
+) -> Recall:
     from remanence.recall.service import Recall
 
-    return Recall.open(store or default_store(), embedder=embedder, summarizer=summarizer, write=write)
+    return Recall.open(store or default_store(), embedder=embedder, summarizer=summarizer, retrieval=retrieval, write=write)
 
 
 def _selection(
