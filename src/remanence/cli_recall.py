@@ -52,7 +52,8 @@ EmbedderOption = Annotated[
     ),
 ]
 RetrievalOption = Annotated[
-    str, typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both).")
+    str,
+    typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both)."),
 ]
 SummarizerOption = Annotated[str, typer.Option(help="What keeps the gist: extractive, hf:FOLDER, openai:MODEL@URL, or none.")]
 
@@ -69,10 +70,7 @@ def add(
     sealed: Annotated[bool, typer.Option("--sealed", help="If the space is new: encrypt it with a key of its own.")] = False,
     store: StoreOption = None,
     embedder: EmbedderOption = None,
-    summarizer: RetrievalOption = Annotated[
-    str, typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both).")
-]
-SummarizerOption = "extractive",
+    summarizer: SummarizerOption = "extractive",
 ) -> None:
     """Store one message, verbatim.
 
@@ -326,10 +324,7 @@ def import_messages(
     space: Space = "default",
     store: StoreOption = None,
     embedder: EmbedderOption = None,
-    summarizer: RetrievalOption = Annotated[
-    str, typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both).")
-]
-SummarizerOption = "extractive",
+    summarizer: SummarizerOption = "extractive",
 ) -> None:
     """Add the messages of a file; one that was cut short goes on where it stopped.
 
@@ -348,14 +343,13 @@ def serve(
     upstream: Annotated[
         str | None, typer.Option(help="Model behind /v1/chat/completions: the URL of an OpenAI-compatible server, or hf:FOLDER.")
     ] = None,
+    budget: Annotated[int | None, typer.Option(min=1, help="Tokens of what the proxy adds with the user's turn; by default 3500.")] = None,
+    scope: Annotated[str, typer.Option(help="The proxy remembers from the whole space, or from the conversation alone.")] = "space",
     rate: Annotated[float, typer.Option(min=0, help="Requests per second and key, on average; 0: no limit.")] = 100.0,
     retrieval: RetrievalOption = "dense",
     store: StoreOption = None,
     embedder: EmbedderOption = None,
-    summarizer: RetrievalOption = Annotated[
-    str, typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both).")
-]
-SummarizerOption = "extractive",
+    summarizer: SummarizerOption = "extractive",
 ) -> None:
     """Serve the memory: a web page, REST, an OpenAI-compatible proxy, and MCP at /mcp.
 
@@ -372,10 +366,12 @@ SummarizerOption = "extractive",
     from remanence.recall.server import serve as run
     from remanence.recall.upstream import load_upstream
 
+    if scope not in ("space", "conversation"):
+        raise Mistake("--scope", f"there is no '{scope}'", "say space or conversation")
     behind = load_upstream(upstream) if upstream else None
     memory = _open(store, embedder=embedder, summarizer=summarizer, retrieval=retrieval)
     settings = ServerSettings(keys=None if open_to_all else _keys(store), rate=rate)
-    routers = [make_proxy(memory, behind)] if behind is not None else []
+    routers = [make_proxy(memory, behind, budget=budget, scope=scope)] if behind is not None else []
     run(memory, host, port, settings, routers=routers, mounts={"/mcp": mcp_app(memory, network=network)}, network=network)
 
 
@@ -383,11 +379,9 @@ SummarizerOption = "extractive",
 def mcp(
     space: Space = "default",
     store: StoreOption = None,
+    retrieval: RetrievalOption = "dense",
     embedder: EmbedderOption = None,
-    summarizer: RetrievalOption = Annotated[
-    str, typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both).")
-]
-SummarizerOption = "extractive",
+    summarizer: SummarizerOption = "extractive",
 ) -> None:
     """Speak MCP on standard input and output: what an assistant on this machine starts by itself.
 
