@@ -18,6 +18,7 @@ import json
 import logging
 import secrets
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Annotated, Any, Literal
 
 from mcp.server import MCPServer
@@ -28,7 +29,6 @@ from mcp_types import ToolAnnotations
 from pydantic import AfterValidator, Field
 from starlette.applications import Starlette
 
-from remanence import __version__
 from remanence.errors import Mistake
 from remanence.recall.items import DEFAULT, Hit, Selection
 from remanence.recall.requests import Id, Instant, Name, Query, Role, Which, Words, spoken
@@ -54,7 +54,9 @@ def make_mcp(recall: Recall, spaces: Sequence[str] | None = None) -> MCPServer[A
         recall: the memory.
         spaces: the only ones that it serves; `None`: all that the caller's key sees, over stdio all there are.
     """
-    server: MCPServer[Any] = MCPServer("remanence", title="Remanence recall", version=__version__, instructions=ABOUT, log_level="WARNING")
+    server: MCPServer[Any] = MCPServer(
+        "remanence", title="Remanence recall", version=version("remanence"), instructions=ABOUT, log_level="WARNING"
+    )
     tools = _Tools(recall, None if spaces is None else tuple(spaces))
     for tool, hints in (
         (tools.add, WRITES),
