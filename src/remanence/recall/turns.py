@@ -87,7 +87,10 @@ class Turns:
         return self._locks[hash((space, conversation)) % LOCKS]
 
     def take(self, space: str, conversation: str, messages: Sequence[NewMessage]) -> list[Message]:
-        """Store messages of one conversation in one transaction, in order; return them as stored."""
+        """Store messages of one conversation in one transaction, in order; return them as stored.
+
+        Several threads: not from within a transaction of the store, which is taken after the conversation's lock, never before.
+        """
         messages = [checked(message) for message in messages]
         chunks = chunked(self.embedder, self.tokenizer, [message.text for message in messages], self.settings.chunk_tokens)
         known: dict[int, Message] = {}
