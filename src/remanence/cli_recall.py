@@ -371,7 +371,11 @@ def serve(
     behind = load_upstream(upstream) if upstream else None
     memory = _open(store, embedder=embedder, summarizer=summarizer, retrieval=retrieval)
     settings = ServerSettings(keys=None if open_to_all else _keys(store), rate=rate)
-    routers = [make_proxy(memory, behind, budget=budget, scope=scope)] if behind is not None else []
+    routers = (
+        [make_proxy(memory, behind, budget=budget, scope="conversation" if scope == "conversation" else "space")]
+        if behind is not None
+        else []
+    )
     run(memory, host, port, settings, routers=routers, mounts={"/mcp": mcp_app(memory, network=network)}, network=network)
 
 
