@@ -347,6 +347,9 @@ def serve(
     scope: Annotated[str, typer.Option(help="The proxy remembers from the whole space, or from the conversation alone.")] = "space",
     rate: Annotated[float, typer.Option(min=0, help="Requests per second and key, on average; 0: no limit.")] = 100.0,
     retrieval: RetrievalOption = "dense",
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Print a line per request: method, route, status, time, name of the key.")
+    ] = False,
     store: StoreOption = None,
     embedder: EmbedderOption = None,
     summarizer: SummarizerOption = "extractive",
@@ -366,6 +369,11 @@ def serve(
     from remanence.recall.server import serve as run
     from remanence.recall.upstream import load_upstream
 
+    if verbose:
+        import logging
+
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("remanence.recall.server").setLevel(logging.INFO)
     if scope not in ("space", "conversation"):
         raise Mistake("--scope", f"there is no '{scope}'", "say space or conversation")
     behind = load_upstream(upstream) if upstream else None
