@@ -89,14 +89,15 @@ def needles_of(texts: Sequence[str], vectors: Sequence[np.ndarray] = ()) -> dict
     for source, vector in enumerate(vectors):
         for form, written in precisions(vector):
             for at in range(0, len(written) - RUN + 1, RUN):
-                run = written[at : at + RUN].lower()
+                run = written[at : at + RUN].lstrip(b"\0").lower()
                 if _speaks(run):
                     held.setdefault(run, Needle("vector", form, source, run))
     return held
 
 
 def _speaks(needle: bytes) -> bool:
-    return len(needle) >= SHORTEST and len(set(needle)) >= 4  # else chance, or padding, says the same
+    """Return whether chance or padding would not say the same; a beginning of one or two letters would be met on every empty page."""
+    return len(needle) >= SHORTEST and len(set(needle)) >= 4 and len(set(needle[:SHORTEST])) >= 3
 
 
 def as_bytes(text: str) -> bytes:
