@@ -233,6 +233,7 @@ def forget(
     since: Since = None,
     until: Until = None,
     query: Annotated[str | None, typer.Option(help="Messages that a search finds for this; look at the preview first.")] = None,
+    contains: Annotated[str | None, typer.Option(help="Messages with exactly these words in them.")] = None,
     k: Annotated[int, typer.Option("-k", min=1, help="With --query: how many pieces at most.")] = 20,
     fact: Annotated[list[int], typer.Option("--fact", help="Fact by its number; may be repeated.")] = [],  # noqa: B006
     space: Space = "default",
@@ -244,7 +245,7 @@ def forget(
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Erase messages and everything that was made of them, scan every file for what could be left, and write a receipt.
+    """Erase messages and everything that was made of them, scan every file for what could be left, and write a receipt. Exit code 1 if a trace was found.
 
     Without `--yes` nothing is erased: what would be is listed.
 
@@ -260,12 +261,12 @@ def forget(
             return
         everything = whole_space and not every_space
         chosen = _selection(None if every_space else space, conversation, ids, person, role, since, until)
-        if not everything and query is None and not any((ids, conversation, person, role, since, until)):
+        if not everything and query is None and contains is None and not any((ids, conversation, person, role, since, until)):
             raise Mistake(
                 "recall forget", "nothing says what is to go", "name --id, --conversation, --person, --since, --query or --whole-space"
             )
-        if query is not None:
-            chosen = find(memory, chosen, query=query, k=k)
+        if query is not None or contains is not None:
+            chosen = find(memory, chosen, query=query, contains=contains, k=k)
         if not yes:
             _show_preview(asdict(memory.preview(chosen)), as_json)
             return
@@ -273,6 +274,8 @@ def forget(
     place = out or _free("receipt-{}.json")
     write_text(place, json.dumps(receipt, indent=1, ensure_ascii=False) + "\n")
     print(json.dumps(receipt, indent=1, ensure_ascii=False) if as_json else _erased(receipt, place))
+    if receipt["scan"] and receipt["scan"]["found"]:
+        raise typer.Exit(1)
 
 
 @recall_app.command()
@@ -297,6 +300,33 @@ def verify(
         print(f"{'ok' if holds else 'FAILS'}  {what}: {words}")
     if not all(holds for _, holds, _ in found):
         raise typer.Exit(1)
+
+
+@recall_app.command()
+def receipts(
+    out: Annotated[Path | None, typer.Option("--out", help="Folder to write them to; by default they are listed.")] = None,
+    store: StoreOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Give the receipts of all erasures again, from the store's own log.
+
+    Example: `remanence recall receipts --out receipts`
+    """
+    from remanence.recall.deletion import receipts_of
+
+    with _open(store, write=False) as memory:
+        found = receipts_of(memory.store)
+    if out is not None:
+        for receipt in found:
+            write_text(out / f"{receipt['id']}.json", json.dumps(receipt, indent=1, ensure_ascii=False) + "\n")
+        print(f"{out}: {len(found)} receipts")
+    elif as_json:
+        print(json.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        _table(
+            ("receipt", "when", "kind", "messages", "reason"),
+            [(r["id"], _when(r["at"]), r["kind"], str(r["erased"]["messages"]), str(r["asked"].get("reason", ""))) for r in found],
+        )
 
 
 @recall_app.command("export")
