@@ -40,7 +40,8 @@ class ConvoMemBench:
         packing: standard (one history per question) | batched (questions share histories: far fewer to index; not comparable with standard).
         seed: of the histories.
         folder: where answers are kept; `None`: nowhere, and a run that was stopped starts anew.
-        anybody, spill: see `Packer`.
+        anybody: let an item without a person draw filler of a random person; otherwise it is refused.
+        spill: fill up with other persons' conversations where a person's own run out (off for LongMemEval and LoCoMo, whose histories share sessions).
     """
 
     items: Sequence[EvidenceItem]
