@@ -144,7 +144,8 @@ class MirasMemory(nn.Module):
         self.threshold = nn.Linear(dim, heads) if self.choices.bias.threshold else None
         self.push = nn.Linear(dim, heads) if self.momentum else None
         D = self.width
-        self.ordinary = math.log(math.expm1(4 * D**0.5 if bias in LENGTHS else 1))  # softplus of it is where thresholds begin
+        ordinary = 4 * D**0.5 if bias in LENGTHS else 1  # where thresholds begin; errors within a threshold teach it nothing
+        self.ordinary = math.log(math.expm1(ordinary))  # before softplus
         shapes = {"vector": [(1, D)], "matrix": [(D, D)], "mlp2": [(D, EXPANSION * D), (EXPANSION * D, D)]}[memory]
         spread = (lambda size: 1.0) if rule.mass else (lambda size: size**-0.5)  # logits that differ, or weights that keep lengths
         self.begin = nn.ParameterList(torch.randn(heads, *shape) * spread(shape[0]) for shape in shapes)
