@@ -554,7 +554,9 @@ def test_state_keeps_its_size_and_goes_on_from_a_file(layer: MirasMemory, tmp_pa
 
 
 def test_outer_gradients_reach_every_parameter(layer: MirasMemory) -> None:
-    y, _ = layer(drawn(3, 2, 9, 8))
+    x = drawn(3, 2, 9, 8)
+    x[:, 2:5] *= 30  # wild values: an error within its threshold teaches Yaad's threshold nothing
+    y, _ = layer(x)
     y.square().sum().backward()
     idle = {name for name, parameter in layer.named_parameters() if parameter.grad is None or not parameter.grad.any()}
     assert idle <= ({name for name in idle if name.startswith("keep")} if layer.settings["retention"] == "f_divergence" else set())

@@ -1,11 +1,11 @@
 """How far back can each memory recall? Hidden pairs against length: every memory of the product beside window attention and full attention.
 
-Rows hide key-value pairs (16 keys, 16 values) in filler (one blank token) in their first half and ask for them in the second, at least 16 tokens later. Two blocks of width 32; the
-first attends to a window of 8. The second attends to the window too, and has a memory beside it (MAG), or before it (Titans as mac); in `full attention` both
-blocks see all. Titans as lmm and mal, which nothing is claimed of, are left out to save an hour's sixth. Every arm is given the same number of parameters, by the width of its feed-forward layers. Trained on rows of 64 tokens
-with 4 pairs, 600 steps, batch 32, AdamW 5e-3 with a warm-up over 30 % and a cosine; nothing is tuned per arm. Tested on 128 fresh rows per length: `4 at T` is the
-accuracy over four pairs, `needle at T` over a single one. Chance is 0.0625. The memories' chunk is 16, the cache's segment 32 (over a linear attention).
-First weights are those of the Titans claim: 0.1 wide, embeddings 1.
+Rows hide key-value pairs (16 keys, 16 values) in filler (one blank token) in their first half and ask for them in the second, at least 16 tokens later. Two
+blocks of width 32; the first attends to a window of 8. The second attends to the window too, and has a memory beside it (MAG); in `full attention` both blocks
+see all. Every arm is given the same number of parameters, by the width of its feed-forward layers. Trained on rows of 64 tokens with 4 pairs, 600 steps, batch
+32, AdamW 5e-3 with a warm-up over 30 % and a cosine; nothing is tuned per arm. First weights are those of the Titans claim (0.1 wide, embeddings 1). Tested on
+128 fresh rows per length: `4 at T` is the accuracy over four pairs, `needle at T` over a single one. Chance is 0.0625. The memories' chunk is 16, the cache's
+segment 32 (over a linear attention). Titans as lmm, mac and mal, of which nothing is claimed, are left out for want of time.
 The order of the memories is reported, not claimed: at this size it is a fact about 600 steps.
 """
 
@@ -19,7 +19,6 @@ STEPS, RATE, ROWS, FILLER = 600, 5e-3, 128, 1
 LENGTHS = (64, 128, 256, 512, 1024)
 DEEP = {"chunk": 16, "expansion": 2}
 MEMORIES: dict[str, tuple[str, str, dict[str, Any]]] = {  # arm -> model, variant, settings of the memory
-    "titans mac": ("Titans", "mac", DEEP),
     "titans mag": ("Titans", "mag", DEEP),
     "moneta": ("Miras", "mag", {"preset": "moneta", "mode": "boundary", "chunk": 16}),
     "yaad": ("Miras", "mag", {"preset": "yaad", "chunk": 16}),
@@ -115,6 +114,16 @@ CLAIM = Claim(
     run=run,
     judge=judge,
     paper=("RULER S-NIAH at 16K, number: Titans MAC 97.4, LMM 80.2; S-NIAH average: Moneta 93.5, Yaad 92.9.",),
+    notes=(
+        "Settings were chosen on seed 10, which is not among those judged, before any judged seed was run; about twenty forms were tried there. With first weights 0.02 wide and "
+        "the gates' earlier first values (steps near 0.5, keeping 0.98, Yaad's threshold at 1, no SiLU) Yaad and Moneta stayed at chance and Titans mag reached 0.38, 0.10 and 0.05 at "
+        "64, 256 and 1,024 tokens. With slower gates alone (steps near 0.12, keeping 0.999) Titans mag reached 0.59 and 0.18, Memora 0.32 and 0.15, Yaad 0.12 and 0.09 at 64 and 256; "
+        "with weights 0.1 wide and embeddings 1 as well, Titans mag reached 1.00 at every length; with SiLU in Miras as well, Moneta 0.95, 0.93 and 0.93, Memora 0.11, and Yaad 0.28 "
+        "throughout with its threshold beginning at 4 (0.16 without SiLU) and 0.53, 0.47 and 0.59 with 20 (and the layer norm at 0.2); it begins at 4 sqrt(D) = 22.6 since. That last form was not tried again.",
+        "Why the earlier gates failed: a pair told amid filler moved a fresh Yaad's answer by 0.15 % of the way to its value after 40 more tokens, Moneta's by 0.6 %, Memora's by "
+        "1.1 %; with the present ones it is 3.6 %, 4.3 % and 3.1 %. Fourteen equal filler tokens of a chunk take fourteen steps from one point, and Yaad's errors, all "
+        "above its threshold, wrote signs that never came to rest.",
+    ),
     show=("parameters", *(f"4 at {length}" for length in LENGTHS), *(f"needle at {length}" for length in LENGTHS)),
     minutes=15,
     long=True,

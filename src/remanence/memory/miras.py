@@ -12,7 +12,7 @@ Optimization", arXiv 2504.13173. y_t = M(W_t; q_t), read after the write; Moneta
 | q_t, k_t, v_t | linear, causal convolution of width 4, SiLU; q and k of length 1 | (N, T, D), N = B H | |
 | eta_t | max_step sigmoid(. - 2), the step size | (N, T, 1 or D) | max_step 1: near 0.12 |
 | alpha_t | sigmoid(. + 7), what is kept; its own gate | (N, T, 1 or D) | near 0.999 |
-| delta_t, Delta_t | softplus(.), the threshold of Huber losses | (N, T, 1) | near 1 per feature: sqrt(D) for a whole error |
+| delta_t, Delta_t | softplus(.), the threshold of Huber losses | (N, T, 1) | near 1 for one feature's error, 4 sqrt(D) for a whole one |
 | momentum (Titans' eta) | sigmoid(.) with optimizer: momentum | (N, T, 1) | |
 | W_0, or its logits | begin, learned | per layer (H, I, O) | |
 | b | chunk | tokens | 16 |
@@ -144,7 +144,8 @@ class MirasMemory(nn.Module):
         self.threshold = nn.Linear(dim, heads) if self.choices.bias.threshold else None
         self.push = nn.Linear(dim, heads) if self.momentum else None
         D = self.width
-        self.ordinary = math.log(math.expm1(D**0.5 if bias in LENGTHS else 1))  # softplus of it is where thresholds begin
+        ordinary = 4 * D**0.5 if bias in LENGTHS else 1  # where thresholds begin; errors within a threshold teach it nothing
+        self.ordinary = math.log(math.expm1(ordinary))  # before softplus
         shapes = {"vector": [(1, D)], "matrix": [(D, D)], "mlp2": [(D, EXPANSION * D), (EXPANSION * D, D)]}[memory]
         spread = (lambda size: 1.0) if rule.mass else (lambda size: size**-0.5)  # logits that differ, or weights that keep lengths
         self.begin = nn.ParameterList(torch.randn(heads, *shape) * spread(shape[0]) for shape in shapes)

@@ -44,11 +44,7 @@ from remanence.memory.dual import Carry, Rule, Tokens
 from remanence.memory.inner import NORM_SCALE, Norm, Weights
 from remanence.memory.state import MemoryState, check_input
 
-GATE_BIASES = {
-    "write": -2.0,
-    "momentum": 0.0,
-    "forget": -7.0,
-}  # 0.12, 0.5 and 0.0009; with forget at -4, half of what was told is gone after 40 tokens
+GATE_BIASES = {"write": -2.0, "momentum": 0.0, "forget": -7.0}  # 0.12, 0.5 and 0.0009: with forget at -4, half is gone after 40 tokens
 
 
 class NeuralMemory(nn.Module):
