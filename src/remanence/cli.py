@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from remanence.cli_recall import recall_app
+from remanence.cli_recall import convomem, recall_app
 from remanence.errors import Mistake
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ receipt_app = typer.Typer(
 )
 app.add_typer(receipt_app, name="receipt")
 app.add_typer(recall_app, name="recall")
+app.command()(convomem)
 
 _Usage: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")  # typer may bring its own click
 Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="Change a key, value in YAML; may be repeated.")]
