@@ -62,7 +62,7 @@ def argument_docs(made: type) -> dict[str, str]:
     found: dict[str, str] = {}
     name = ""
     for line in part[1].splitlines() if part else ():
-        begun = re.match(r" {4}(\w+): (.*)", line)
+        begun = re.match(r" {4}\**(\w+): (.*)", line)
         if begun:
             name, found[begun[1]] = begun[1], begun[2]
         elif name and line.strip():

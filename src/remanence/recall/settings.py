@@ -21,7 +21,9 @@ class HemaSettings:
         budget: tokens of a composed prompt, hard.
         summary_tokens: of one level of the gist.
         period: turns of a segment, and between two maintenances.
-        lam, gamma, beta: of the salience (`recall/salience.py`); gamma is per turn.
+        lam: weight of age in the salience (`recall/salience.py`).
+        gamma: its decay per turn.
+        beta: bonus for what was retrieved within the recent window.
         recent_window: turns within which a retrieval counts as recent.
         prune_fraction: of the chunks, pruned at each maintenance.
         salience: bonus | as_printed, the sign of beta.
