@@ -625,7 +625,8 @@ def _open(
 ) -> Recall:
     from remanence.recall.service import Recall
 
-    return Recall.open(store or default_store(), embedder=embedder, summarizer=summarizer, retrieval=retrieval, write=write)
+    place = store or default_store()  # what is kept here stays findable: HEMA's pruning of vectors is for those who ask for it in Python
+    return Recall.open(place, embedder=embedder, summarizer=summarizer, retrieval=retrieval, write=write, forgetting=False)
 
 
 def _selection(
