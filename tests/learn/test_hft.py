@@ -17,13 +17,13 @@ from transformers import TrainingArguments
 
 from remanence.errors import Mistake
 from remanence.learn.hft import HalfTuning, HalfTuningCallback, half_reset, load_mask, save_mask
-from remanence.learn.hft_units import balanced, divided, drawn, place, shares
 from remanence.learn.replay import Replay
 from remanence.learn.sequential import Sequential
 from remanence.models.adapters import add_lora
 from remanence.models.roles import weights_by_role
 from remanence.seeds import generator
 from remanence.stream import Request, Task
+from remanence.training.half_units import balanced, divided, drawn, place, shares
 from remanence.training.trainer import Settings, Trainer
 from toy import FAMILIES, toy_classifier, toy_lm, toy_tokenizer
 

@@ -67,7 +67,7 @@ def test_a_receipt_is_checked_against_the_store_and_given_again(store):
     number = json.loads(Path("gone.json").read_text())["id"]
     assert [each["id"] for each in json.loads(store("receipts", "--json"))] == [number]
     store("receipts", "--out", "again")
-    assert store("verify", f"again/{number}.json", code=1).count("FAILS") == 1  # the scan's outcome is known to the first one alone
+    assert "FAILS" not in store("verify", f"again/{number}.json")
 
 
 def test_facts_are_pinned_and_erased_by_number(store):
@@ -123,7 +123,11 @@ def test_the_benchmark_of_memories_writes_its_advice_and_goes_on_where_it_was(st
     assert first.exit_code == 0, first.output
     assert first.output == again.output
     assert {path.name for path in (tmp_path / "bench").iterdir()} >= {"results.csv", "answers.jsonl", "crossover.txt", "crossover.png"}
-    for wrong, sentence in ((["--sizes", "1,x"], "no list"), (["--policy", "blox"], "did you mean"), (["--source", "locomo"], "desk reader")):
+    for wrong, sentence in (
+        (["--sizes", "1,x"], "no list"),
+        (["--policy", "blox"], "did you mean"),
+        (["--source", "locomo"], "desk reader"),
+    ):
         done = CliRunner().invoke(app, ["convomem", "bench2", *wrong])
         assert isinstance(done.exception, Mistake)
         assert sentence in str(done.exception)

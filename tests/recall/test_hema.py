@@ -322,6 +322,11 @@ def play(path: Path, turns: int, prompts: Path) -> None:
                 file.write(f"{turn}\t{prompt.text!r}\n")
 
 
+def written(path: Path) -> int:
+    """Return how many lines a file has."""
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
 def test_killed_between_any_two_turns_and_reopened_gives_byte_equal_prompts(tmp_path):
     """SIGKILL at random instants, in the midst of turns and of maintenance; the run that was never killed is the measure."""
     play(tmp_path / "whole", 60, tmp_path / "whole.txt")
@@ -334,9 +339,10 @@ def test_killed_between_any_two_turns_and_reopened_gives_byte_equal_prompts(tmp_
                 play(tmp_path / "killed", 60, tmp_path / "killed.txt")
                 os._exit(0)
             os._exit(1)
-        deadline = time.monotonic() + float(random.uniform(0.02, 0.25))
-        while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline:
-            time.sleep(0.002)
+        wanted = written(tmp_path / "killed.txt") + int(random.integers(1, 9))  # by its progress, so that no clock decides how many kills there are
+        while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and written(tmp_path / "killed.txt") < wanted:
+            time.sleep(0.001)
+        time.sleep(float(random.uniform(0, 0.01)))
         if done[0] == 0:
             os.kill(child, signal.SIGKILL)
             kills += os.waitpid(child, 0)[1] == signal.SIGKILL

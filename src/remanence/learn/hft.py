@@ -37,12 +37,12 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from remanence.errors import Mistake, nearest
-from remanence.learn.hft_units import divided, drawn, refuse, refuse_optimizer, shares
 from remanence.learn.sequential import Sequential
 from remanence.models.forward import unwrapped
 from remanence.seeds import derive, generator
 from remanence.storage import write_text
 from remanence.stream import Checking, Learner, Remembering, Request, Task
+from remanence.training.half_units import divided, drawn, refuse, refuse_optimizer, shares
 from remanence.training.trainer import Trainer
 
 LEVELS = ("category", "layer", "model")

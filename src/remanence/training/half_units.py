@@ -1,4 +1,4 @@
-"""What half fine-tuning (hft.py) trains or freezes as one: matrices with what goes with them, how they divide a model, and how a half of them is drawn.
+"""What half fine-tuning (`learn/hft.py`) trains or freezes as one: matrices with what goes with them, how they divide a model, and how a half of them is drawn.
 
 "HFT: Half Fine-Tuning for Large Language Models", Hui et al., ACL 2025, arXiv 2404.18466, section 3; the rules for odd counts are ours.
 """
