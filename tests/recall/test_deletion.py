@@ -50,10 +50,19 @@ def failing(checked):
 def test_a_receipt_holds_where_it_is_true(erased):
     recall, receipt = erased
     checked = check_deletion(receipt, recall, texts=[SECRET], trusted=public_key(local_key()))
-    assert {what for what, _, _ in checked} == {"signature", "scan", "texts", "store", "ids", "log", "chain", "residue"}
+    assert {what for what, _, _ in checked} == {"signature", "scan", "texts", "store", "ids", "log", "chain", "kept", "residue"}
     assert not failing(checked)
     assert not failing(check_deletion(json.loads(json.dumps(receipt)), recall.store)), "as JSON, and by the store alone"
     assert not failing(check_deletion(receipt)), "and away from the store"
+
+
+def test_a_text_that_was_said_again_or_stays_in_a_fact_is_told(erased):
+    recall, receipt = erased
+    recall.add(f"Again: {SECRET}", space="other")
+    assert failing(check_deletion(receipt, recall, texts=[SECRET])) == {"kept"}
+    recall.forget(Selection("other"))
+    recall.add_fact("tenant Zog", SECRET)
+    assert failing(check_deletion(receipt, recall, texts=[SECRET])) == {"kept"}
 
 
 def test_a_receipt_says_nothing_of_what_went(erased):

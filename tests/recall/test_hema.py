@@ -339,7 +339,9 @@ def test_killed_between_any_two_turns_and_reopened_gives_byte_equal_prompts(tmp_
                 play(tmp_path / "killed", 60, tmp_path / "killed.txt")
                 os._exit(0)
             os._exit(1)
-        wanted = written(tmp_path / "killed.txt") + int(random.integers(1, 9))  # by its progress, so that no clock decides how many kills there are
+        wanted = written(tmp_path / "killed.txt") + int(
+            random.integers(1, 9)
+        )  # by its progress, so that no clock decides how many kills there are
         while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and written(tmp_path / "killed.txt") < wanted:
             time.sleep(0.001)
         time.sleep(float(random.uniform(0, 0.01)))

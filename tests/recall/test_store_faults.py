@@ -247,6 +247,19 @@ def test_a_damaged_database_is_refused_with_a_sentence(store):
         SqliteStore(store.path)
 
 
+@pytest.mark.parametrize(("column", "text"), [("text", "I owe you 900"), ("person", "eve"), ("meta", '{"a": 2}')])
+def test_an_altered_letter_is_refused_and_never_read_as_said(store, column, text):
+    import sqlite3
+
+    said = say(store, "I owe you 100", person="eva")[0]
+    store.close()
+    with sqlite3.connect(store.path / FILE) as base:
+        base.execute(f"UPDATE messages SET {column} = ?", (text,))
+    base.close()
+    with SqliteStore(store.path) as again, pytest.raises(Mistake, match=f"message {said.id}: is damaged"):
+        again.messages(Selection(said.space))
+
+
 def test_a_closed_store_says_so(store):
     store.close()
     for use in (store.spaces, lambda: say(store, "x")):

@@ -173,6 +173,7 @@ def check_deletion(
     if same:
         found += [_gone(receipt, store), _logged(receipt, store), _chain(store)]
     if texts:
+        found.append(_kept(store, texts))
         if not store.files():
             return [*found, ("residue", False, "the files of a server cannot be read from here: nothing was scanned")]
         seen = scan_store(store, texts)
@@ -182,6 +183,17 @@ def check_deletion(
         short = f"; {seen.short} of them are too short to be told from chance" if seen.short else ""
         found.append(("residue", seen.clean, words + short))
     return found
+
+
+def _kept(store: Store, texts: Sequence[str]) -> tuple[str, bool, str]:
+    """Say whether a message or fact that stays holds one of the texts: the scan of the files leaves out what is kept."""
+    said = sorted({message.id for text in texts if text for message in store.messages(Selection(space=None), contains=text)})
+    facts = [fact.id for space in store.spaces() for fact in store.facts(space) if any(text and text in fact.text for text in texts)]
+    if not said and not facts:
+        return "kept", True, "no message or fact that stays holds one of the texts"
+    kinds = (("messages", said), ("facts", facts))
+    there = " and ".join(f"{kind} {', '.join(map(str, ids[:5]))}{' ...' if len(ids) > 5 else ''}" for kind, ids in kinds if ids)
+    return "kept", False, f"{there} hold one of the texts: they were not erased, or it was said again"
 
 
 def _told(found: Sequence[Any]) -> str:

@@ -73,8 +73,8 @@ class Turns:
             at = float(time.time() if message.at is None else message.at)
             columns = shut_message(held, message.text, message.person, message.meta)
             id = self._database.do(
-                "INSERT INTO messages(space, conversation, turn, role, text, person, meta, sealed, at, key) "
-                "VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+                "INSERT INTO messages(space, conversation, turn, role, text, person, meta, sealed, crc, at, key) "
+                "VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
                 *(held.id, place, turn, message.role, *columns, at, key),
             )[0][0]
             ids = self._add_chunks(held, place, id, message.text, chunks)
@@ -126,7 +126,7 @@ class Turns:
             self._drop_chunks("c.message = ?", message)
             columns = shut_message(held, text, old.person, old.meta)
             self._database.do(
-                "UPDATE messages SET text = ?, person = ?, meta = ?, sealed = ?, edited = ? WHERE id = ?", *columns, at, message
+                "UPDATE messages SET text = ?, person = ?, meta = ?, sealed = ?, crc = ?, edited = ? WHERE id = ?", *columns, at, message
             )
             ids = self._add_chunks(held, place, message, text, chunks)
             self._spaces.mark()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,21 +63,33 @@ def decode_vectors(found: Sequence[bytes], precision: str, dim: int) -> Float32[
 
 # Messages and chunks.
 
-MESSAGE = "m.id, m.space, m.turn, m.role, m.text, m.person, m.meta, m.sealed, m.at, m.edited, v.name, v.sealed"
+MESSAGE = "m.id, m.space, m.turn, m.role, m.text, m.person, m.meta, m.sealed, m.at, m.edited, m.crc, v.name, v.sealed"
 
 
 def shut_message(space: Space, text: str, person: str | None, meta: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Return the columns (text, person, meta, sealed) of a message."""
+    """Return the columns (text, person, meta, sealed, crc) of a message; what is sealed carries a tag of its own."""
     if space.sealer is None:
-        return text, person, json.dumps(dict(meta), ensure_ascii=False), None
+        told = json.dumps(dict(meta), ensure_ascii=False)
+        return text, person, told, None, checksum(text, person, told)
     content = json.dumps({"text": text, "person": person, "meta": dict(meta)}, ensure_ascii=False)
-    return None, person if person is None else space.look("person", person), None, space.sealer.seal("message", content.encode())
+    return None, person if person is None else space.look("person", person), None, space.sealer.seal("message", content.encode()), None
+
+
+def checksum(*parts: str | None) -> int:
+    """Return the CRC-32 of texts: SQLite's pages have none, so that an altered letter would be read as if it had been said."""
+    return zlib.crc32("\0".join("" if part is None else part for part in parts).encode())
 
 
 def open_message(space: Space, row: Sequence[Any]) -> Message:
-    """Return the message of a row of `MESSAGE`."""
-    id, _, turn, role, text, person, meta, sealed, at, edited, name, sealed_name = row
+    """Return the message of a row of `MESSAGE`.
+
+    Raises:
+        Mistake: it is not what was stored.
+    """
+    id, _, turn, role, text, person, meta, sealed, at, edited, crc, name, sealed_name = row
     if space.sealer is None:
+        if crc != checksum(text, person, meta):
+            raise Mistake(f"message {id}", "is damaged: its checksum does not fit", "restore the store from a backup")
         held = {"text": text, "person": person, "meta": json.loads(meta)}
     else:
         held = json.loads(space.sealer.open("message", bytes(sealed)))

@@ -5,7 +5,7 @@
 | about         | fact about the store: id, format, embedder, dim, precision, scrub |
 | spaces        | tenant; `sealed` names its key, `version` grows with every change of its chunks |
 | conversations | conversation of a space |
-| messages      | turn; the only place where its text is kept |
+| messages      | turn; the only place where its text is kept, with its checksum |
 | chunks        | piece `text[begins:ends]` of a message, with its vector; `words` counts those in the index |
 | gists, history | summary that stands, summary that was put |
 | facts, sources | statement, message that it was drawn from |
@@ -24,7 +24,7 @@ CREATE TABLE spaces(id {id}, name TEXT NOT NULL UNIQUE, sealed TEXT, version BIG
 CREATE TABLE conversations(id {id}, space BIGINT NOT NULL, name TEXT NOT NULL, sealed {blob}, UNIQUE(space, name));
 CREATE TABLE messages(
   id {id}, space BIGINT NOT NULL, conversation BIGINT NOT NULL, turn BIGINT NOT NULL, role TEXT NOT NULL, text TEXT, person TEXT, meta TEXT, sealed {blob},
-  at DOUBLE PRECISION NOT NULL, edited DOUBLE PRECISION, key TEXT, UNIQUE(conversation, turn), UNIQUE(space, key));
+  at DOUBLE PRECISION NOT NULL, edited DOUBLE PRECISION, key TEXT, crc BIGINT, UNIQUE(conversation, turn), UNIQUE(space, key));
 CREATE INDEX messages_of_person ON messages(space, person);
 CREATE INDEX messages_of_time ON messages(space, at);
 CREATE TABLE chunks(

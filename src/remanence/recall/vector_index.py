@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float, Float32, Int64
 
 BLOCK = 16384  # rows of a block: what a removal copies
@@ -125,9 +124,8 @@ class VectorIndex:
     def search(self, query: Float32[np.ndarray, "D"], k: int, among: Int64[np.ndarray, "S"] | None = None) -> Found:
         """Return the k ids with the highest products with the query and the products, ties by the higher id; `among` (sorted) limits the ids."""
         query = np.ascontiguousarray(query, np.float32)
-        wide = torch.from_numpy(query)
         parts = [(block, None if among is None else places_of(block.ids[: block.count], among)) for block in self._blocks]
-        rough = [products(block.rows[: block.count], wide, places) for block, places in parts]
+        rough = [products(block.rows[: block.count], query, places) for block, places in parts]
         total = sum(map(len, rough))
         if not total or k < 1:
             return np.zeros(0, np.int64), np.zeros(0, np.float32)
@@ -165,17 +163,19 @@ def places_of(own: Int64[np.ndarray, "M"], among: Int64[np.ndarray, "S"]) -> Int
 
 
 def products(
-    rows: Float[np.ndarray, "M D"], query: Float32[torch.Tensor, "D"], places: Int64[np.ndarray, "P"] | None
+    rows: Float[np.ndarray, "M D"], query: Float32[np.ndarray, "D"], places: Int64[np.ndarray, "P"] | None
 ) -> Float32[np.ndarray, "P"]:
     """Return the products of rows, or of those at some places, with a query in fp32, PIECE rows at a time."""
-    held = torch.from_numpy(rows)
+    import torch  # here: a second of every command that searches nothing
+
+    held, asked = torch.from_numpy(rows), torch.from_numpy(query)
     chosen = None if places is None or len(places) == len(rows) else torch.from_numpy(places)
     count = len(rows) if chosen is None else len(chosen)
     found, wide = torch.empty(count), torch.empty(min(PIECE, count), rows.shape[1])
     for first in range(0, count, PIECE):
         end = min(first + PIECE, count)
         part = held[first:end] if chosen is None else held[chosen[first:end]]
-        torch.mv(part if part.dtype == torch.float32 else wide[: end - first].copy_(part), query, out=found[first:end])
+        torch.mv(part if part.dtype == torch.float32 else wide[: end - first].copy_(part), asked, out=found[first:end])
     return found.numpy()
 
 
