@@ -46,7 +46,7 @@ def full_disk(folder: Path, room: int) -> tuple[str, list[str]]:
 def damage(folder: Path, times: int, seed: int = 0) -> tuple[str, list[str]]:
     """Damage caches and the database: a cache is made anew, a database is refused with a sentence or read with every message in its place.
 
-    SQLite keeps no checksums of what its pages hold: a bit that turns inside a text is read as another letter. Those are counted, and told.
+    SQLite keeps no checksums of what its pages hold: those of the messages are the store's own.
     """
     from remanence.recall.retrieval import Dense
     from remanence.recall.vector_spaces import VectorSpaces
