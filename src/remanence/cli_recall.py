@@ -355,13 +355,35 @@ def import_messages(
     store: StoreOption = None,
     embedder: EmbedderOption = None,
     summarizer: SummarizerOption = "extractive",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar.")] = False,
 ) -> None:
     """Add the messages of a file; one that was cut short goes on where it stopped.
 
     Example: `remanence recall import holidays.jsonl --space ada`
     """
     with _open(store, embedder=embedder, summarizer=summarizer) as memory:
-        print(f"{memory.load(source, space):,} new messages")
+        print(f"{memory.load(source, space, progress=not quiet):,} new messages")
+
+
+@recall_app.command()
+def reindex(
+    new: Annotated[Path, typer.Argument(help="Folder of the new store; must not exist yet.")],
+    embedder: Annotated[
+        str, typer.Option(help="What makes the new vectors: sentence, a sentence-transformers id or folder, openai:MODEL@URL.")
+    ],
+    store: StoreOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar.")] = False,
+) -> None:
+    """Make a new store with everything of an old one and other vectors; the old one stays as it is.
+
+    Example: `remanence recall reindex memory-bge --embedder BAAI/bge-m3`
+    """
+    from remanence.recall.embedders import load_embedder
+
+    made = load_embedder(embedder)
+    with _open(store, write=False) as memory, memory.reindex(new, made, progress=not quiet) as changed:
+        count = changed.stats()["messages"]
+    print(f"{new}: {count:,} messages")
 
 
 @recall_app.command()

@@ -82,8 +82,14 @@ def test_facts_are_pinned_and_erased_by_number(store):
 
 def test_what_is_exported_is_imported_once(store):
     store("export", "all.jsonl")
-    assert store("import", "all.jsonl", "--space", "copy").startswith("3 new")
-    assert store("import", "all.jsonl", "--space", "copy").startswith("0 new")
+    assert store("import", "all.jsonl", "--space", "copy", "--quiet").startswith("3 new")
+    assert store("import", "all.jsonl", "--space", "copy", "--quiet").startswith("0 new")
+
+
+def test_a_store_is_moved_to_another_embedder(store):
+    assert store("reindex", "other", "--embedder", "hashing:64", "--quiet") == "other: 3 messages\n"
+    assert json.loads(store("stats", "--store", "other", "--json"))["embedder"] == "hashing:64"
+    assert "Bergen" in store("ask", "Ada in Bergen", "-k", "1", "--store", "other")
 
 
 def test_keys_are_made_listed_and_revoked(store):

@@ -269,13 +269,13 @@ class Recall:
         """Write messages and facts as JSON lines, whole or not at all; return how many messages."""
         return transfer.export(self, Path(path), selection)
 
-    def load(self, path: str | Path, space: str = DEFAULT) -> int:
+    def load(self, path: str | Path, space: str = DEFAULT, *, progress: bool = False) -> int:
         """Add what `export` wrote to a space; return how many messages are new."""
-        return transfer.load(self, Path(path), space)
+        return transfer.load(self, Path(path), space, progress)
 
-    def reindex(self, path: str | Path, embedder: Embedder | None = None) -> Recall:
+    def reindex(self, path: str | Path, embedder: Embedder | None = None, *, progress: bool = False) -> Recall:
         """Make a new store at `path` with everything of this one, its vectors made anew (by another embedder, if one is given); return it, open."""
-        return transfer.reindex(self, Path(path), embedder)
+        return transfer.reindex(self, Path(path), embedder, progress)
 
     def close(self) -> None:
         """Close the store."""

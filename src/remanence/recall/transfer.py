@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 from remanence.errors import Mistake
 from remanence.recall.items import NewMessage, Selection
 from remanence.recall.protocols import Embedder
+from remanence.recall.turns import BATCH
 from remanence.storage import whole_file
+from remanence.training.progress import watched
 
 if TYPE_CHECKING:
     from remanence.recall.service import Recall
@@ -55,8 +57,8 @@ def export(recall: Recall, path: Path, selection: Selection) -> int:
     return count
 
 
-def load(recall: Recall, path: Path, space: str) -> int:
-    """Add the messages and facts of a file to a space; return how many messages are new.
+def load(recall: Recall, path: Path, space: str, progress: bool = False) -> int:
+    """Add the messages and facts of a file to a space, under a bar if asked; return how many messages are new.
 
     Raises:
         Mistake: the file cannot be read, or a line is not one of `export`.
@@ -73,8 +75,12 @@ def load(recall: Recall, path: Path, space: str) -> int:
                 turns.setdefault(conversation, []).append(message)
         except (KeyError, TypeError, AttributeError) as error:
             raise Mistake(f"{path}, line {number}", f"is no message and no fact ({error!r})", "give a file that export wrote") from error
+    batches = []
     for conversation, messages in turns.items():
-        recall.add_many(sorted(messages, key=lambda message: message.turn or 0), space=space, conversation=conversation)
+        messages.sort(key=lambda message: message.turn or 0)
+        batches += [(conversation, messages[first : first + BATCH]) for first in range(0, len(messages), BATCH)]
+    for conversation, batch in watched(batches, "batches of messages", len(batches)) if progress else batches:
+        recall.add_many(batch, space=space, conversation=conversation)
     known = {(fact.conversation, fact.text) for fact in recall.store.facts(space)} if facts and space in recall.store.spaces() else set()
     for fact in facts:
         if (fact["conversation"], fact["text"]) not in known:
@@ -82,8 +88,8 @@ def load(recall: Recall, path: Path, space: str) -> int:
     return int(recall.store.stats()["messages"] - before)
 
 
-def reindex(recall: Recall, path: Path, embedder: Embedder | None) -> Recall:
-    """Make a new store with everything of another one, in its order, and its vectors made anew; return it, open.
+def reindex(recall: Recall, path: Path, embedder: Embedder | None, progress: bool = False) -> Recall:
+    """Make a new store with everything of another one, in its order, and its vectors made anew, under a bar if asked; return it, open.
 
     A space that is sealed is sealed in the new store too, with a key of its own (so is any whose store does not say).
 
@@ -102,6 +108,9 @@ def reindex(recall: Recall, path: Path, embedder: Embedder | None) -> Recall:
     for space in recall.store.spaces():
         made.store.make_space(space, encrypt=recall.store.cache(space) is None)
     lines = lines_of(recall, Selection(space=None))
+    if progress:
+        held = recall.store.stats()
+        lines = watched(lines, "messages and facts", held["messages"] + held["facts"])
     for place, group in groupby(lines, key=lambda line: _place(line)):
         if place is None:
             for line in group:
