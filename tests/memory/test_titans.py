@@ -194,3 +194,18 @@ def test_what_does_not_fit_is_refused():
         memory(x, mask=torch.ones(2, 5))
     with pytest.raises(Mistake, match="width"):
         memory(x[..., :4])
+
+
+def test_a_training_pass_cuts_its_tokens_once_however_long_they_are():
+    """Each slice would give a gradient as long as the whole text: a text twice as long would cost four times as much."""
+
+    def slices(T):
+        seen, waiting = set(), [layer(recompute=2)(text(T))[0].grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting += [after for after, _ in node.next_functions]
+        return sum("Slice" in node.name() or "Select" in node.name() for node in seen)
+
+    assert slices(64) == slices(16) > 0

@@ -10,6 +10,7 @@ at a time are computed again instead: weights are then kept once per g chunks, f
 
 from __future__ import annotations
 
+from itertools import islice, repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -55,13 +56,16 @@ def scan(
     """Read C chunks; return what is read, and weights and momentum behind the first `closed`, which are all or all but the last."""
     train = torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (*chunks, *steps, *(norm or ()), *W, *S))
     size = recompute if recompute and train else max(closed, 1)
-    ys, count = [], len(chunks.q)
-    for begin in [*range(0, closed, size), *range(closed, count)]:
-        end = min(begin + size, closed) if begin < closed else count
-        part = (one if one is None else one[begin:end] for one in (*chunks, *steps))
+    count = len(chunks.q)
+    lengths = [min(size, closed - begin) for begin in range(0, closed, size)] + [1] * (count - closed)
+    groups = zip(
+        *(repeat(None) if one is None else one.split(lengths) for one in (*chunks, *steps))
+    )  # one node: slices would each fill a whole gradient
+    ys = []
+    for number, part in enumerate(islice(groups, len(lengths))):
         y, *ends = _Scan.apply(bias, train, bool(recompute), len(W), *part, *(norm or (None, None)), *W, *S)
         ys.append(y)
-        if begin < closed:
+        if number < len(lengths) - (count - closed):
             W, S = tuple(ends[: len(W)]), tuple(ends[len(W) :])
     return ys[0] if len(ys) == 1 else torch.cat(ys), W, S
 
