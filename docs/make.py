@@ -376,11 +376,7 @@ def glossary() -> str:
     """Return the metrics' own docstring and a section per formula, from measure/metrics.py."""
     from remanence.measure import metrics
 
-    names = [
-        name
-        for name, value in vars(metrics).items()
-        if inspect.isfunction(value) and value.__module__ == metrics.__name__ and f"`{name}`" in (metrics.__doc__ or "")
-    ]
+    names = [name for name in re.findall(r"`(\w+)`", metrics.__doc__ or "") if name in metrics.__all__]  # in the order of its table
     sections = []
     for name in names:
         doc = inspect.getdoc(getattr(metrics, name)) or ""

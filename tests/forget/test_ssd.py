@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence.errors import Mistake
-from remanence.forget.ssd import SSD, auto_alpha, dampening, importance_of, save_importance
+from remanence.forget.ssd import SSD, auto_alpha, dampening
 from remanence.stream import Request
 from remanence.training.batches import Batches
+from remanence.training.importance import importance_of, save_importance
 from remanence.training.trainer import Settings, Trainer
 from toy import toy_lm, toy_tokenizer
 

@@ -27,20 +27,45 @@ Cost: O(T^2) at most, O(N T) for the curves of N evaluations (windows of w cost 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from remanence.errors import Mistake, nearest
+from remanence.errors import Mistake
+from remanence.measure.curve_metrics import min_accuracy, windowed_forgetting, windowed_plasticity, worst_case_accuracy
+from remanence.measure.score_matrix import (
+    Direction,
+    Matrix,
+    Vector,
+    array,
+    learned,
+    option,
+    ratio,
+    sign,
+    square,
+    stage,
+    table,
+    vector,
+    whole,
+)
 
-Direction = Literal["higher", "lower"]
-Matrix = Float[np.ndarray, "N T"] | Float[Tensor, "N T"] | Sequence[Sequence[float]]
-Vector = Float[np.ndarray, " T"] | Float[Tensor, " T"] | Sequence[float]
-SIGN = {"higher": 1.0, "lower": -1.0}
+__all__ = [
+    "average_accuracy",
+    "average_incremental_accuracy",
+    "backward_transfer",
+    "forgetting",
+    "forward_transfer",
+    "fuar",
+    "intransigence",
+    "learning_accuracy",
+    "min_accuracy",
+    "normalised_retention",
+    "op_relative_to_joint",
+    "windowed_forgetting",
+    "windowed_plasticity",
+    "worst_case_accuracy",
+    "x_delta",
+]
 
 
 def average_accuracy(a: Matrix, *, after: int | None = None) -> float:
@@ -196,61 +221,6 @@ def op_relative_to_joint(a: Matrix, joint: Vector, *, after: int | None = None, 
     return float(ratio(place, whole(place, a[t, :t]).mean(), reference.mean(), turn))
 
 
-def min_accuracy(a: Matrix, ends: Sequence[int] | None = None, *, direction: Direction = "higher") -> float:
-    """Return min-ACC = 1/(T-1) sum_{j<T} min_{t_j < n <= N} a[n, j], the mean of the worst scores since each task's training ended.
-
-    It is the mean of minima, not the minimum of the mean. With the matrix of task ends it is the classic minimum over later tasks; with an
-    evaluation at every step it shows the stability gap. A minimum over many noisy numbers is biased down: report the size of the evaluation
-    sets beside it.
-
-    Args:
-        a: (T+1, T), or with `ends` any number of evaluations (N+1, T). The task being learned (the last column) does not enter.
-        ends: row t_j at which task j's training ended, one per task, increasing; by default 1..T.
-        direction: "lower" for losses: the mean of maxima.
-
-    Raises:
-        Mistake: fewer than two tasks, `ends` does not fit, no evaluation after a task's end, or a needed entry is a hole.
-    """
-    turn = sign("min_accuracy", direction)
-    scores, rows = curves("min_accuracy", a, ends)
-    return turn * worst_since("min_accuracy", turn * scores, rows)
-
-
-def worst_case_accuracy(a: Matrix, ends: Sequence[int] | None = None, *, direction: Direction = "higher") -> float:
-    """Return WC-ACC = (1/T) a[N, T] + (1 - 1/T) min-ACC: the current task's last score and the worst ones of all others; at most OP.
-
-    With one task it is that task's last score. Arguments and errors as for `min_accuracy`.
-    """
-    place = "worst_case_accuracy"
-    turn = sign(place, direction)
-    scores, rows = curves(place, a, ends)
-    tasks = scores.shape[1]
-    current = whole(place, scores[-1, -1:])[0]
-    return float(current if tasks == 1 else current / tasks + (1 - 1 / tasks) * turn * worst_since(place, turn * scores, rows))
-
-
-def windowed_forgetting(curve: Matrix | Vector, window: int, *, direction: Direction = "higher") -> float:
-    """Return WF^w = mean over tasks of max_{m<=m'<m+w} ( A_m - A_m' ), the largest drop in any w evaluations in a row; lower is better.
-
-    Args:
-        curve: (N, T) scores over N evaluations, or (N) of one task. Leading holes (before a task was first measured) are skipped.
-        window: w >= 2, counted in evaluations: it changes its meaning with the interval between them.
-        direction: "lower" for losses: the largest rise.
-
-    Raises:
-        Mistake: the window is below 2, a task was never measured, or a hole stands after its first measurement.
-    """
-    return largest_drop("windowed_forgetting", curve, window, sign("windowed_forgetting", direction))
-
-
-def windowed_plasticity(curve: Matrix | Vector, window: int, *, direction: Direction = "higher") -> float:
-    """Return WP^w = mean over tasks of max_{m<=m'<m+w} ( A_m' - A_m ), the largest rise in any w evaluations in a row; higher is better.
-
-    Arguments and errors as for `windowed_forgetting`; WP(curve) = WF(-curve).
-    """
-    return largest_drop("windowed_plasticity", curve, window, -sign("windowed_plasticity", direction))
-
-
 def fuar(
     invariant: tuple[Any, Any],
     *,
@@ -300,138 +270,6 @@ def x_delta(g: Matrix, *, after: int | None = None, direction: Direction = "high
         raise Mistake(place, f"has {len(g)} rows", "give the start model's row and at least one more")
     t = stage(place, after, len(g) - 1)
     return float((whole(place, g[t]) - whole(place, g[0])).mean())
-
-
-# The pieces below are shared by the formulas above.
-
-
-def array(values: Any) -> np.ndarray:
-    """Return values as an fp64 numpy array; tensors of any precision and device."""
-    if isinstance(values, Tensor):
-        values = values.detach().to("cpu", torch.float64).numpy()
-    return np.asarray(values, dtype=np.float64)
-
-
-def table(place: str, a: Matrix) -> Float[np.ndarray, "N T"]:
-    """Return a as an fp64 array, refusing anything but a non-empty matrix."""
-    try:
-        a = array(a)
-    except (TypeError, ValueError) as error:
-        raise Mistake(
-            place, f"the scores are not a matrix of numbers ({error})", "give rows of equal length, NaN where nothing was measured"
-        ) from error
-    if a.ndim != 2 or 0 in a.shape:
-        raise Mistake(place, f"the scores have shape {a.shape}", "give a matrix with one row per event and one column per task")
-    return a
-
-
-def square(place: str, a: Matrix, after: int | None, turn: float = 1.0, least: int = 1) -> tuple[Float[np.ndarray, "N T"], int]:
-    """Return (turn * a, t) for a (T+1, T) matrix, refusing other shapes and t outside least..T."""
-    a = table(place, a)
-    rows, tasks = a.shape
-    if rows != tasks + 1:
-        raise Mistake(
-            place, f"the scores have {rows} rows and {tasks} columns", f"give the start model's row and one per task, {tasks + 1} in all"
-        )
-    t = stage(place, after, tasks)
-    if t < least:
-        raise Mistake(place, f"is not defined after {t} task", f"give at least {least} tasks")
-    return turn * a, t
-
-
-def stage(place: str, after: int | None, last: int) -> int:
-    """Return `after`, by default the last event, refusing what is not in 1..last."""
-    if after is None:
-        return last
-    if not 1 <= after <= last:
-        raise Mistake(place, f"after={after} is outside 1..{last}", "name an event of the matrix, counted from 1")
-    return after
-
-
-def learned(a: Float[np.ndarray, "N T"], t: int) -> Float[np.ndarray, " t"]:
-    """Return a[j, j] for j = 1..t."""
-    return np.diagonal(a[1:])[:t]
-
-
-def whole(place: str, needed: np.ndarray) -> np.ndarray:
-    """Return the entries as they are, refusing holes."""
-    holes = int(np.isnan(needed).sum())
-    if holes:
-        raise Mistake(
-            place,
-            f"{holes} of the {needed.size} entries that it reads were not measured",
-            "measure every learned task after every event, or choose another metric",
-        )
-    return needed
-
-
-def vector(place: str, name: str, values: Vector, size: int) -> Float[np.ndarray, " T"]:
-    """Return values as an fp64 vector of the given size."""
-    values = array(values)
-    if values.shape != (size,):
-        raise Mistake(place, f"`{name}` has shape {values.shape}", f"give one score per task, {size} in all")
-    return values
-
-
-def option(place: str, name: str, value: str, known: Sequence[str]) -> None:
-    """Refuse an option that is not known."""
-    if value not in known:
-        raise Mistake(place, f"unknown {name} '{value}'", nearest(str(value), known))
-
-
-def sign(place: str, direction: str) -> float:
-    """Return 1 for scores that are better when higher, -1 when lower."""
-    option(place, "direction", direction, tuple(SIGN))
-    return SIGN[direction]
-
-
-def ratio(place: str, now: Any, reference: Any, turn: float) -> Any:
-    """Return now / reference, or its reciprocal for losses, refusing a zero denominator."""
-    upper, lower = (now, reference) if turn > 0 else (reference, now)
-    if np.any(np.asarray(lower) == 0):
-        raise Mistake(place, "a score that it divides by is 0", "report the difference (forgetting, backward_transfer) instead")
-    return upper / lower
-
-
-def curves(place: str, a: Matrix, ends: Sequence[int] | None) -> tuple[Float[np.ndarray, "N T"], np.ndarray]:
-    """Return the evaluations and the row at which each task's training ended, checked against each other."""
-    if ends is None:
-        scores, tasks = square(place, a, None)
-        return scores, np.arange(1, tasks + 1)
-    scores = table(place, a)
-    rows = np.asarray(ends)
-    if rows.shape != (scores.shape[1],) or not np.issubdtype(rows.dtype, np.integer):
-        raise Mistake(place, f"`ends` has shape {rows.shape} for {scores.shape[1]} tasks", "give one row number per task")
-    if np.any(np.diff(rows) <= 0) or rows[0] < 0 or (len(rows) > 1 and rows[-2] >= len(scores) - 1):
-        raise Mistake(
-            place, f"`ends` is {rows.tolist()} for {len(scores)} rows", "give increasing row numbers, with an evaluation after each of them"
-        )
-    return scores, rows
-
-
-def worst_since(place: str, scores: Float[np.ndarray, "N T"], ends: np.ndarray) -> float:
-    """Return the mean over all tasks but the last of the minimum after the task's end."""
-    if scores.shape[1] < 2:
-        raise Mistake(place, "is not defined after 1 task", "give at least 2 tasks")
-    older, later = scores[:, :-1], np.arange(len(scores))[:, None] > ends[:-1]
-    whole(place, older[later])
-    return float(np.where(later, older, np.inf).min(0).mean())
-
-
-def largest_drop(place: str, curve: Matrix | Vector, window: int, turn: float) -> float:
-    """Return the mean over tasks of the largest fall of turn * curve inside a window of evaluations."""
-    if window < 2:
-        raise Mistake(place, f"a window of {window} evaluations has no room for a change", "give a window of at least 2")
-    values = array(curve)
-    scores = turn * table(place, values[:, None] if values.ndim == 1 else values)
-    measured = ~np.isnan(scores)
-    if not measured.any(0).all():
-        raise Mistake(place, "a task was never measured", "leave out its column")
-    whole(place, scores[np.logical_or.accumulate(measured)])  # holes may only lead
-    width = min(window, len(scores))
-    padded = np.concatenate([np.full((width - 1, scores.shape[1]), -np.inf), np.where(measured, scores, -np.inf)])
-    highest = np.lib.stride_tricks.sliding_window_view(padded, width, axis=0).max(-1)  # of the window that ends at n, n included
-    return float((np.where(measured, highest, 0.0) - np.where(measured, scores, 0.0)).max(0).mean())
 
 
 def gained(place: str, pair: tuple[Any, Any], turn: float) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Float
 
 from remanence.errors import Mistake
-from remanence.measure.metrics import Direction, Matrix, Vector, array, sign, table, whole
+from remanence.measure.score_matrix import Direction, Matrix, Vector, array, sign, table, whole
 from remanence.storage import write_text
 
 
