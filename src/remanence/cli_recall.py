@@ -484,11 +484,11 @@ def key(
     from remanence.recall.access import Keys
 
     keys = Keys(_keys(store))
-    if revoke:
+    if revoke is not None:
         keys.revoke(revoke)
-    if make:
+    if make is not None:
         print(keys.make(make, spaces or None))
-    elif not revoke:
+    elif revoke is None:
         rows = [(each.name, "all" if each.spaces is None else ", ".join(each.spaces), _when(each.made)) for each in keys.all()]
         _table(("key", "spaces", "made"), rows)
 

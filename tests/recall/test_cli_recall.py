@@ -114,6 +114,7 @@ def test_keys_are_made_listed_and_revoked(store):
         (["add", "x", "--role", "king"], "king"),
         (["ask", "x", "--prompt", "--budget", "1"], "budget"),
         (["ask", "x", "--store", "elsewhere"], "elsewhere"),
+        (["key", "--make", ""], "printable name"),
         (["serve", "--scope", "world"], "there is no 'world'"),
         (["serve", "--host", "0.0.0.0"], "other machines"),
     ],

@@ -40,6 +40,10 @@ class Mem0:
     patience: float = 600.0
     waiting: bool = field(default=False, init=False)
 
+    def __post_init__(self) -> None:
+        if urllib.parse.urlsplit(self.url).scheme not in ("http", "https"):
+            raise Mistake(self.url, "is no http address of a mem0 server", "write for example http://localhost:8888")
+
     def add(self, conversations: Sequence[Conversation]) -> None:
         """Post every conversation."""
         for one in conversations:
