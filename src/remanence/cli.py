@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from remanence.cli_recall import convomem, recall_app
+from remanence.cli_convomem import convomem
+from remanence.cli_recall import recall_app
 from remanence.errors import Mistake
 
 app = typer.Typer(

@@ -130,7 +130,7 @@ def ask(
     elif not hits:
         print("nothing found")
     else:
-        _table(
+        print_table(
             ("message", "when", "who", "score", "what"),
             [(str(h.chunk.message), _when(h.chunk.at), h.chunk.person or h.chunk.role, f"{h.score:.2f}", h.chunk.text) for h in hits],
         )
@@ -194,7 +194,7 @@ def show(
     elif not rows:
         print(f"no {what}")
     else:
-        _table(columns, lines)
+        print_table(columns, lines)
 
 
 @recall_app.command()
@@ -328,7 +328,7 @@ def receipts(
     elif as_json:
         print(json.dumps(found, indent=1, ensure_ascii=False))
     else:
-        _table(
+        print_table(
             ("receipt", "when", "kind", "messages", "reason"),
             [(r["id"], _when(r["at"]), r["kind"], str(r["erased"]["messages"]), str(r["asked"].get("reason", ""))) for r in found],
         )
@@ -490,7 +490,7 @@ def key(
         print(keys.make(make, spaces or None))
     elif revoke is None:
         rows = [(each.name, "all" if each.spaces is None else ", ".join(each.spaces), _when(each.made)) for each in keys.all()]
-        _table(("key", "spaces", "made"), rows)
+        print_table(("key", "spaces", "made"), rows)
 
 
 @recall_app.command()
@@ -506,80 +506,10 @@ def stats(
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        _table(
+        print_table(
             ("what", "how much"),
             [(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)) for name, value in found.items()],
         )
-
-
-def convomem(
-    output: Annotated[Path, typer.Argument(help="Folder of the results; a run that was stopped goes on there.")],
-    policy: Annotated[str, typer.Option(help="Memories beside full-context, separated by commas.")] = "blocks,bm25,own,hybrid-own",
-    sizes: Annotated[str, typer.Option(help="Numbers of conversations in a history, separated by commas.")] = "1,2,5,10,20,40",
-    source: Annotated[str, typer.Option(help="templates (made here), or published files: convomem, longmemeval, locomo.")] = "templates",
-    data: Annotated[Path | None, typer.Option(help="File or folder of the published questions.")] = None,
-    fillers: Annotated[Path | None, typer.Option(help="Folder of conversations without evidence (convomem).")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Questions per category and number of evidence messages.")] = None,
-    packing: Annotated[str, typer.Option(help="standard: one history per question; batched: questions share histories.")] = "standard",
-    model: Annotated[str, typer.Option(help="Who answers: hf:FOLDER, openai:MODEL@URL, or desk (a declared model of a reader).")] = "desk",
-    judge: Annotated[str | None, typer.Option(help="Who judges; by default the model itself.")] = None,
-    helper: Annotated[str | None, typer.Option(help="Who extracts, for extracted and blocks; by default the model itself.")] = None,
-    price_in: Annotated[float, typer.Option(min=0, help="Dollars per million tokens read.")] = 0.0,
-    price_out: Annotated[float, typer.Option(min=0, help="Dollars per million tokens written.")] = 0.0,
-    budget_usd: Annotated[float | None, typer.Option(help="Stop each memory once so much was spent.")] = None,
-    k: Annotated[int, typer.Option("-k", min=1, help="Pieces that a retrieval hands over.")] = 20,
-    until: Annotated[int, typer.Option(min=1, help="Conversations up to which a hybrid hands over everything.")] = 30,
-    mem0: Annotated[str | None, typer.Option(help="Address of a mem0 server, for mem0.")] = None,
-    embedder: Annotated[str, typer.Option(help="Of dense and own.")] = "sentence",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of questions and histories.")] = 0,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bars.")] = False,
-) -> None:
-    """Find out how much memory a growing history needs (ConvoMem): full context, extraction, blocks, retrieval, hybrids, and where each begins to pay.
-
-    Example: `remanence convomem runs/convomem --policy blocks,own --sizes 1,10,30 --limit 2`
-    """
-    from remanence.recall_bench import compare_memories
-
-    try:
-        histories = [int(size) for size in sizes.split(",")]
-    except ValueError:
-        raise Mistake("--sizes", f"'{sizes}' is no list of numbers", "write for example 1,10,30") from None
-    chosen = [name.strip() for name in policy.split(",") if name.strip()]
-    advice, table = compare_memories(
-        chosen,
-        sizes=histories,
-        output=output,
-        source=source,
-        data=data,
-        fillers=fillers,
-        limit=limit,
-        packing=packing,
-        model=model,
-        judge=judge,
-        helper=helper,
-        prices=(price_in, price_out),
-        budget_usd=budget_usd,
-        k=k,
-        until=until,
-        mem0=mem0,
-        embedder=embedder,
-        seed=seed,
-        progress=not quiet,
-    )
-    rows = [
-        (
-            str(r["policy"]),
-            str(r["size"]),
-            str(r["n"]),
-            f"{r['accuracy']:.2f} ({r['low']:.2f} to {r['high']:.2f})",
-            f"{r['cost']:.2g}",
-            f"{r['p50_s']:.2g}",
-        )
-        for r in table
-    ]
-    _table(("memory", "conversations", "n", "accuracy", "dollars a question", "seconds"), rows)
-    print(advice, end="")
-    print(output / "crossover.png")
 
 
 # What the commands share.
@@ -609,7 +539,7 @@ def _forget_facts(memory: Recall, space: str, numbers: list[int], yes: bool) -> 
         memory.store.scrub()
         print(f"{len(chosen)} facts erased")
     else:
-        _table(("fact", "text"), [(str(fact.id), fact.text) for fact in chosen])
+        print_table(("fact", "text"), [(str(fact.id), fact.text) for fact in chosen])
         print("Nothing is erased yet: say --yes.")
 
 
@@ -625,7 +555,7 @@ def _show_preview(seen: Mapping[str, Any], as_json: bool) -> None:
     examples = [
         (str(m["id"]), m["space"], m["conversation"], _when(m["at"]), m["person"] or m["role"], m["text"]) for m in seen["examples"]
     ]
-    _table(("message", "space", "conversation", "when", "who", "for example"), examples)
+    print_table(("message", "space", "conversation", "when", "who", "for example"), examples)
     for what, words in (
         ("echoes", "repeat a phrase of what would go"),
         ("mentions", "name the person"),
@@ -711,12 +641,13 @@ def _when(at: float | None) -> str:
     return "" if at is None else datetime.fromtimestamp(at).strftime("%Y-%m-%d %H:%M")
 
 
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def print_table(columns: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print rows; text is data, so no markup in it counts."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(*columns)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # text is data: no markup in it
+        table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
