@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from remanence.errors import Mistake
@@ -44,6 +44,8 @@ def test_a_cut_is_a_prefix_that_fits(bytes_of, name, text, tokens):
 @pytest.mark.parametrize("name", [*NAMES, "bytes"])
 @settings(max_examples=60, deadline=None)
 @given(text=TEXTS.filter(bool), tokens=st.integers(3, 40))
+@example(text="𐀀 ", tokens=3)
+@example(text="a" + " " * 50 + "b", tokens=3)
 def test_pieces_cover_the_text_in_order_without_overlap(bytes_of, name, text, tokens):
     """Three tokens at least: a sign outside of the alphabet takes a byte-level tokenizer up to four, and is never cut."""
     tokenizer = load_tokenizer(bytes_of if name == "bytes" else name)
@@ -87,3 +89,12 @@ def test_threads_share_a_tokenizer():
     alone = [tokenizer.count(text) for text in texts]
     with ThreadPoolExecutor(16) as pool:
         assert list(pool.map(tokenizer.count, texts)) == alone
+
+
+def test_blanks_alone_are_no_chunk():
+    from remanence.recall.embedders import load_embedder
+    from remanence.recall.turns import chunked
+
+    text = "one" + " \n" * 400 + "two"
+    (chunks,) = chunked(load_embedder("hashing"), load_tokenizer("plain"), [text], 1)
+    assert [text[chunk.start : chunk.end].strip() for chunk in chunks] == ["one", "two"]

@@ -84,7 +84,9 @@ class Spans:
             end = len(text) if len(ends) - place <= tokens else int(ends[place + tokens - 1])
             if self.count(text[start:end]) > tokens:  # a piece's merges may differ from the whole text's
                 end = start + max(1, len(self.cut(text[start:end], tokens)))
-            if found and not text[start:end].strip():  # blanks belong to what is before them
+            if (
+                found and not text[start:end].strip() and self.count(text[found[-1][0] : end]) <= tokens
+            ):  # blanks belong to what is before them
                 found[-1] = (found[-1][0], end)
             else:
                 found.append((start, end))

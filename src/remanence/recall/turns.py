@@ -62,8 +62,8 @@ def spelled(name: str, text: str) -> str:
 
 
 def chunked(embedder: Embedder, tokenizer: Tokenizer, texts: Sequence[str], tokens: int) -> list[list[NewChunk]]:
-    """Return the chunks of each text: pieces of at most so many tokens, no overlap, each with its vector."""
-    places = [tokenizer.pieces(text, tokens) for text in texts]
+    """Return the chunks of each text: pieces of at most so many tokens, no overlap, each with its vector; blanks alone are none."""
+    places = [[(start, end) for start, end in tokenizer.pieces(text, tokens) if text[start:end].strip()] for text in texts]
     pieces = [text[start:end] for text, found in zip(texts, places) for start, end in found]
     vectors = iter(embed(embedder, pieces))
     return [[NewChunk(start, end, next(vectors)) for start, end in found] for found in places]
