@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from remanence.memory import architectures
+from remanence.memory.reweaving import reweave
 from remanence.models.forward import fresh_weights
 from remanence.models.load import save_model
 from remanence.recipe import ForgetEvent, Recipe
@@ -65,6 +66,16 @@ def toy_memory_lm(folder: Path) -> PreTrainedModel:
     """Build a language model with a memory as its configuration says, at toy width."""
     architectures.register()
     tree = json.loads((folder / "config.json").read_text())
+    if tree["model_type"] == "rewoven":  # a decoder of the base's class, a window that the toy rows outgrow
+        return reweave(
+            toy_lm("qwen2", vocab=128),
+            16,
+            8,
+            score=tree["score"],
+            reconstruct=tree["reconstruct"],
+            train=tree["trained"],
+            rank=tree["rank"],
+        )
     tree |= {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
     if "heads" in tree.get("memory", ()):
         tree["memory"]["heads"] = 4

@@ -36,6 +36,13 @@ Changes = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="
 Out = Annotated[Path, typer.Option("--out", help="Folder of the new model; must not exist yet.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random stream.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No bars and no lines per event.")]
+State = Annotated[Path | None, typer.Option(help="State to go on from; by default the model's beginning.")]
+Window = Annotated[int | None, typer.Option(min=1, help="Tokens that stay visible, for a model without a memory of its own.")]
+Budget = Annotated[int | None, typer.Option(min=0, help="Tokens held of what left the window; by default a quarter of it.")]
+Score = Annotated[str | None, typer.Option(help="What is held: surprisal (default), attention, mix, recency, uniform or random.")]
+Positions = Annotated[
+    str | None, typer.Option(help="original (default), or rebased: a text may be longer than the model's positions (rotary ones).")
+]
 KindOption = Annotated[str | None, typer.Option("--kind", help="text, qa, chat, classes or images; by default seen from the columns.")]
 
 
@@ -306,78 +313,90 @@ def audit(
 
 @app.command()
 def remember(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a language model with a memory.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a language model.")],
     text: Annotated[str, typer.Argument(help="Text file to read, or - for the standard input.")],
     out: Annotated[Path, typer.Option("--out", help="File of the state (.safetensors).")],
-    state: Annotated[Path | None, typer.Option(help="State to go on from; by default the model's beginning.")] = None,
+    state: State = None,
+    window: Window = None,
+    budget: Budget = None,
+    score: Score = None,
+    positions: Positions = None,
     seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Let a model with a memory read a text, and save what it holds of it: a file of constant size however long the text is.
+    """Let a model read a text of any length, and save what it holds of it: a file of constant size.
+
+    A model with a memory that learns while it reads needs nothing else. Any other decoder is given a window, and holds the most surprising tokens that
+    left it (memory reweaving; nothing is trained).
 
     Example: `remanence remember runs/titans/careful/model book.txt --out book.safetensors`
+
+    Example: `remanence remember Qwen/Qwen2.5-1.5B book.txt --window 1024 --budget 512 --out book.safetensors`
     """
-    from remanence.memory.lm_state import LMState
     from remanence.recipe import expand
-    from remanence.remembering import load_reader, read_text
+    from remanence.remembering import load_reader, load_state, read_text, weaving
     from remanence.remembering import remember as read
 
     if out.is_dir():
         raise Mistake(out, "is a folder", "name a file for the state")
-    words = read_text(text)
-    begun = LMState.load(state) if state is not None else None
-    held = read(load_reader(expand(model), seed=seed), words, begun, progress=not quiet)
+    weave = weaving(window, budget, score, positions)
+    words, begun = read_text(text), load_state(state)
+    held = read(load_reader(expand(model), begun, weave, seed=seed), words, begun, progress=not quiet)
     held.save(out)
     print(f"{out}: {held.seen:,} tokens in {held.bytes / 2**20:.2f} MiB")
 
 
 @app.command()
 def ask(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a language model with a memory.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a language model.")],
     prompt: Annotated[str, typer.Argument(help="Text to go on from.")],
     state: Annotated[Path | None, typer.Option(help="What it remembers (from `remanence remember`); the file is left as it is.")] = None,
     tokens: Annotated[int, typer.Option(help="Length of the answer, at most.")] = 64,
     temperature: Annotated[float, typer.Option(help="0: the most likely token each time; above: drawn.")] = 0.0,
     seed: Seed = 0,
 ) -> None:
-    """Ask a model with a memory: continue a prompt from what it remembers.
+    """Ask a model what it remembers: continue a prompt from a state.
 
     Example: `remanence ask runs/titans/careful/model "Who is Juliet?" --state book.safetensors --tokens 40`
     """
-    from remanence.memory.lm_state import LMState
     from remanence.recipe import expand
     from remanence.remembering import ask as answer
-    from remanence.remembering import load_reader
+    from remanence.remembering import load_reader, load_state
 
-    held = LMState.load(state) if state is not None else None
-    print(answer(load_reader(expand(model), seed=seed), prompt, held, tokens=tokens, temperature=temperature, seed=seed))
+    held = load_state(state)
+    print(answer(load_reader(expand(model), held, seed=seed), prompt, held, tokens=tokens, temperature=temperature, seed=seed))
 
 
 @app.command()
 def watch(
-    model: Annotated[str, typer.Argument(help="Folder or hub id of a language model with a memory.")],
+    model: Annotated[str, typer.Argument(help="Folder or hub id of a language model.")],
     text: Annotated[str, typer.Argument(help="Text file to read, or - for the standard input.")],
     out: Annotated[
         Path, typer.Option("--out", help="Picture (.png, .svg), page with the coloured text (.html), or numbers (.csv, .json).")
     ],
-    state: Annotated[Path | None, typer.Option(help="What it remembers already.")] = None,
+    state: State = None,
+    window: Window = None,
+    budget: Budget = None,
+    score: Score = None,
+    positions: Positions = None,
     seed: Seed = 0,
 ) -> None:
-    """Show what a memory does while it reads: how surprised it is by each token, how strongly it writes, how much it forgets.
+    """Show what a memory does while it reads: how surprised it is by each token, how strongly it writes, how much it forgets, or which tokens it holds.
 
     Example: `remanence watch runs/titans/careful/model page.txt --out page.html`
+
+    Example: `remanence watch Qwen/Qwen2.5-1.5B page.txt --window 128 --budget 64 --out page.html`
     """
-    from remanence.memory.lm_state import LMState
     from remanence.recipe import expand
-    from remanence.remembering import load_reader, read_text
+    from remanence.remembering import load_reader, load_state, read_text, weaving
     from remanence.remembering import watch as look
     from remanence.report.watch import check_output, write_watch
 
     check_output(out)
-    words = read_text(text)
-    begun = LMState.load(state) if state is not None else None
+    weave = weaving(window, budget, score, positions)
+    words, begun = read_text(text), load_state(state)
     title = f"What the memory of {Path(model).name} did while it read {Path(text).name if text != '-' else 'the standard input'}"
-    print(write_watch(look(load_reader(expand(model), seed=seed), words, begun, title=title), out))
+    print(write_watch(look(load_reader(expand(model), begun, weave, seed=seed), words, begun, title=title), out))
 
 
 @app.command()

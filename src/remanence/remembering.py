@@ -2,35 +2,89 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from remanence.errors import Mistake
+from remanence.memory.latent_buffer import KIND
+from remanence.memory.lm_state import LMState
+from remanence.memory.reweaving import reweave
+from remanence.memory.rewoven import Rewoven
+from remanence.memory.rewoven_config import config_of
+from remanence.memory.state import MemoryState
 from remanence.models.load import Loaded, load_model
 from remanence.report.watch import Watched, watched
 
 PIECE = 1 << 16  # characters that are tokenised at a time
 
 
-def load_reader(spec: str, *, seed: int = 0) -> Loaded:
-    """Load a language model with a memory and its tokenizer.
+def load_reader(spec: str, state: Any = None, weave: Mapping[str, Any] | None = None, *, seed: int = 0) -> Loaded:
+    """Load a language model with a memory and its tokenizer, or one without and give it back what leaves a window.
+
+    Args:
+        spec: of the model.
+        state: what it will go on from, which says how a model without a memory was woven.
+        weave: settings of `reweave` for such a model; `None`: as the state says.
+        seed: for weights that are drawn.
 
     Raises:
-        Mistake: the model has no memory that learns while it reads, or no tokenizer.
+        Mistake: the model has no memory, or one of its own where it was to be woven, or no tokenizer.
     """
     loaded = load_model(spec, seed=seed)
-    if not hasattr(loaded.model, "remember"):
-        remedy = (
-            "train one with a memory (recipes/quick/titans.yaml), or give this one back what leaves its window (remanence.memory.reweaving)"
-        )
-        raise Mistake(spec, "has no memory that learns while it reads", remedy)
     if loaded.processor is None:
         raise Mistake(spec, "has no tokenizer beside it", "copy the tokenizer's files into its folder")
+    own = hasattr(loaded.model, "remember")
+    if own and weave is not None:
+        raise Mistake("--window", f"is for models without a memory of their own, and {spec} has one", "leave it out")
+    if own:
+        if state is not None and isinstance(loaded.model, Rewoven) != isinstance(state, MemoryState):
+            raise Mistake("state", f"was made by another kind of model than {spec}", "name the model that remembered it")
+        return loaded
+    if weave is None and getattr(state, "kind", None) == KIND:
+        text = _model(loaded).config.get_text_config()
+        own_shape = {"model": _model(loaded).config.model_type, "layers": text.num_hidden_layers, "width": text.hidden_size}
+        if {name: state.config.get(name) for name in own_shape} != own_shape:
+            raise Mistake("state", f"was made by another model than {spec}", "name the model that remembered it")
+        weave = config_of(state.config)
+    if weave is None:
+        remedy = "let it remember with --window, and ask with that state; or train a model with a memory (recipes/quick/titans.yaml)"
+        raise Mistake(spec, "has no memory that learns while it reads", remedy)
+    loaded.model = reweave(loaded.model, **weave)
     return loaded
+
+
+def load_state(path: Path | None) -> LMState | MemoryState | None:
+    """Read what a model with a memory, or a woven one, holds; `None` for no path.
+
+    Raises:
+        Mistake: the file is missing, damaged, or no state of a model.
+    """
+    if path is None:
+        return None
+    with contextlib.suppress(Mistake):
+        held = MemoryState.load(path)
+        if held.kind == KIND:
+            return held
+    return LMState.load(path)
+
+
+def weaving(window: int | None, budget: int | None, score: str | None, positions: str | None) -> dict[str, Any] | None:
+    """Return the settings of `reweave` that the command line gave; `None` if it gave none.
+
+    Raises:
+        Mistake: some, but no window.
+    """
+    given = {name: value for name, value in (("budget", budget), ("score", score), ("positions", positions)) if value is not None}
+    if window is None:
+        if given:
+            raise Mistake(f"--{next(iter(given))}", "needs a window", "give --window, the tokens that stay visible")
+        return None
+    return {"window": window, "budget": window // 4} | given
 
 
 def _model(loaded: Loaded) -> Any:

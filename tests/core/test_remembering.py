@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,14 @@ from remanence.errors import Mistake
 from remanence.memory.lm import TitansForCausalLM
 from remanence.memory.lm_config import TitansConfig
 from remanence.memory.lm_state import LMState
+from remanence.memory.reweaving import reweave
+from remanence.memory.state import MemoryState
 from remanence.models.forward import fresh_weights
-from remanence.models.load import save_model
+from remanence.models.load import load_model, save_model
 from toy import toy_lm, toy_tokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 3
+SHORT = TEXT[: len(TEXT) // 3 * 2]  # a toy knows 128 positions
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(model, tokenizer, folder / "model")
     save_model(toy_lm("llama", vocab=len(tokenizer)), tokenizer, folder / "plain")
     (folder / "book.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "short.txt").write_text(SHORT, encoding="utf-8")
     return folder
 
 
@@ -123,3 +128,52 @@ def test_mistakes_are_one_sentence(place: Path, tmp_path: Path) -> None:
     with pytest.raises(Mistake, match="at most 4 are watched"):
         remembering.watch(loaded, TEXT, limit=4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty.txt", "latin.txt"]
+
+
+def test_a_model_without_a_memory_is_given_back_what_leaves_its_window(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state, woven = tmp_path / "held.safetensors", ["--window", 16, "--budget", 12]
+    command("remember", place / "plain", place / "short.txt", "--out", state, *woven, "--quiet")
+    held = remembering.load_state(state)
+    assert isinstance(held, MemoryState)
+    loaded = remembering.load_reader(str(place / "plain"), held)  # the state says how it was woven
+    assert (loaded.model.settings.window, loaded.model.settings.budget) == (16, 12)  # type: ignore[union-attr]
+    assert held.seen == len(loaded.processor(SHORT, add_special_tokens=False)["input_ids"])
+    before = state.read_bytes()
+    capsys.readouterr()
+    command("ask", place / "plain", "the dog", "--state", state, "--tokens", 6)
+    model = reweave(load_model(str(place / "plain")).model, 16, 12)
+    expected = model.ask("the dog", model.remember(SHORT, loaded.processor), loaded.processor, max_new_tokens=6, do_sample=False)
+    assert capsys.readouterr().out.rstrip("\n") == str(expected).rstrip("\n")
+    assert state.read_bytes() == before
+    for ending in ("csv", "html", "png"):
+        command("watch", place / "plain", place / "short.txt", "--out", tmp_path / f"w.{ending}", *woven)
+    with (tmp_path / "w.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == ["block", "position", "token", "surprisal", "held", "window"]
+    assert sum(float(row["held"]) for row in rows) == 12
+    page = (tmp_path / "w.html").read_text()
+    assert page.count("border-bottom:3px") == 12
+    assert "Underlined tokens are held" in page
+
+
+def test_mistakes_about_windows_are_one_sentence(place: Path, tmp_path: Path) -> None:
+    state, out = tmp_path / "held.safetensors", ["--out", tmp_path / "s.safetensors"]
+    command("remember", place / "plain", place / "short.txt", "--out", state, "--window", 16, "--quiet")
+    with pytest.raises(Mistake, match="--budget: needs a window"):
+        command("remember", place / "plain", place / "short.txt", "--budget", 4, *out)
+    with pytest.raises(Mistake, match="without a memory of their own"):
+        command("remember", place / "model", place / "short.txt", "--window", 4, *out)
+    with pytest.raises(Mistake, match="unknown rule 'surprise'; did you mean 'surprisal'"):
+        command("remember", place / "plain", place / "short.txt", "--window", 16, "--score", "surprise", *out)
+    with pytest.raises(Mistake, match="--positions rebased"):
+        command("remember", place / "plain", place / "book.txt", "--window", 16, *out)
+    with pytest.raises(Mistake, match="budget=4, this memory has budget=6"):
+        command("remember", place / "plain", place / "short.txt", "--window", 16, "--budget", 6, "--state", state, *out)
+    with pytest.raises(Mistake, match="another kind of model"):
+        command("ask", place / "model", "x", "--state", state)
+    save_model(toy_lm("gpt2", vocab=len(toy_tokenizer())), toy_tokenizer(), tmp_path / "other")
+    with pytest.raises(Mistake, match="another model"):
+        command("ask", tmp_path / "other", "x", "--state", state)
+    assert not (tmp_path / "s.safetensors").exists()

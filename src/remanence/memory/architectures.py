@@ -16,6 +16,7 @@ MODELS: dict[str, tuple[str, str, str]] = {  # model type -> module, configurati
     "miras": ("lm", "MirasConfig", "MirasForCausalLM"),
     "memory-caching": ("lm", "MemoryCachingConfig", "MemoryCachingForCausalLM"),
     "trc2": ("trc2", "TRC2Config", "TRC2ForCausalLM"),
+    "rewoven": ("rewoven", "RewovenConfig", "Rewoven"),
 }
 MEMORIES: dict[str, str] = {  # name -> module:class; each obeys `state.Memory` and takes (dim, **settings)
     "titans": "remanence.memory.titans:NeuralMemory",

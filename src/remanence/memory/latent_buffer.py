@@ -20,6 +20,8 @@ from remanence.errors import Mistake
 from remanence.memory.salience import GOLDEN, SCORES, add_moments, best, hashed, merge_groups, standard
 from remanence.memory.state import MemoryState
 
+KIND = "reweaving"  # of its states
+
 
 @dataclass(frozen=True)
 class BufferSettings:
@@ -214,15 +216,32 @@ class LatentBuffer:
         }
         return {"read": self.get_seq_length(), "budget": self.settings.budget, **count, **size, "error": dict(self.error)}
 
+    def state(self) -> MemoryState:
+        """Return all that is held as a value, which later reading leaves as it is.
+
+        Raises:
+            Mistake: nothing was read yet.
+        """
+        if self.empty:
+            raise Mistake("memory", "is empty", "read something first")
+        return MemoryState(KIND, dict(self.tensors), self.get_seq_length(), self.config).detach()
+
+    def take(self, state: MemoryState, device: torch.device | str = "cpu") -> None:
+        """Go on from a value of `state`, in place of what is held.
+
+        Raises:
+            Mistake: it is of another model or other settings.
+        """
+        state.check(KIND, self.config, state.batch)
+        self.tensors, self.woven, self.error = {name: tensor.to(device) for name, tensor in state.tensors.items()}, None, {}
+
     def save(self, path: str | Path) -> None:
         """Write everything as one safetensors file, whole or not at all.
 
         Raises:
             Mistake: nothing was read yet, or the file cannot be written.
         """
-        if self.empty:
-            raise Mistake("memory", "is empty", "read something first")
-        MemoryState("reweaving", self.tensors, self.get_seq_length(), self.config).map(Tensor.detach).save(path)
+        self.state().save(path)
 
     def load(self, path: str | Path, device: torch.device | str = "cpu") -> None:
         """Go on where a file was saved, bit for bit.
@@ -230,9 +249,7 @@ class LatentBuffer:
         Raises:
             Mistake: the file is no such memory, or one of another model or other settings.
         """
-        state = MemoryState.load(path)
-        state.check("reweaving", self.config, state.batch)
-        self.tensors, self.woven = {name: tensor.to(device) for name, tensor in state.tensors.items()}, None
+        self.take(MemoryState.load(path), device)
 
 
 def _axis(tensor: Tensor) -> int:

@@ -32,6 +32,7 @@ from transformers import GenerationMixin, PreTrainedModel, initialization
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from remanence.errors import Mistake
+from remanence.memory.asking import continued, copies, tokens_of
 from remanence.memory.blocks import Block, BlockState
 from remanence.memory.lm_config import MemoryCachingConfig, MemoryConfig, MirasConfig, TitansConfig
 from remanence.memory.lm_state import LMCache, LMState, beside
@@ -165,7 +166,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             Mistake: nothing to read, or a string without a tokenizer.
         """
-        ids = self._tokens(text, processor)
+        ids = tokens_of(text, processor, self.device)
         for part in ids.split(piece, 1):
             state = self._read(self.model.embed_tokens(part), state, None)[1]
         assert state is not None
@@ -186,19 +187,11 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             Mistake: nothing to read, a string without a tokenizer, or a state of another model.
         """
-        ids = self._tokens(prompt, processor)
+        ids = tokens_of(prompt, processor, self.device)
         if state is not None:
             state.check(self.config, len(ids))
-            copies = max(generation.get("num_beams") or 1, generation.get("num_return_sequences") or 1)
-            state = state.rows(torch.arange(len(ids)).repeat_interleave(copies))
-        if processor is not None:
-            generation.setdefault("pad_token_id", processor.pad_token_id)
-        out = self.generate(ids, attention_mask=torch.ones_like(ids), cache=LMCache(state), **generation)
-        fresh = out[:, ids.shape[1] :]
-        if processor is None:
-            return fresh
-        texts = processor.batch_decode(fresh, skip_special_tokens=True)
-        return texts[0] if len(texts) == 1 else texts
+            state = state.rows(copies(len(ids), generation))
+        return continued(self, ids, LMCache(state), processor, generation)
 
     @torch.no_grad()
     def watch(
@@ -209,7 +202,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             Mistake: nothing to read, or a string without a tokenizer.
         """
-        ids = self._tokens(text, processor)
+        ids = tokens_of(text, processor, self.device)
         state = state if state is not None else self.model.begin(len(ids))
         parts: dict[int, list[dict[str, Tensor]]] = {}
         hooks = []
@@ -226,17 +219,6 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             for hook in hooks:
                 hook.remove()
         return {number: {name: torch.cat([part[name] for part in seen], -1) for name in seen[0]} for number, seen in parts.items()}
-
-    def _tokens(self, text: Any, processor: Any) -> Tensor:
-        if isinstance(text, str):
-            if processor is None:
-                raise Mistake("processor", "a string needs a tokenizer", "give the model's processor, or tokens")
-            text = processor(text, add_special_tokens=False)["input_ids"]
-        ids = torch.as_tensor(text, dtype=torch.int64, device=self.device)
-        ids = ids[None] if ids.ndim == 1 else ids
-        if ids.ndim != 2 or ids.shape[1] == 0:
-            raise Mistake("text", "there is nothing to read", "give at least one token")
-        return ids
 
 
 class TitansForCausalLM(MemoryForCausalLM):

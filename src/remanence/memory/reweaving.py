@@ -36,21 +36,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from remanence.errors import Mistake, nearest
-from remanence.memory.latent_buffer import BufferSettings
+from remanence.errors import Mistake
 from remanence.memory.rewoven import Rewoven
-from remanence.memory.salience import rule_of
-from remanence.memory.weaving import Host
-from remanence.models.forward import positions as longest
-from remanence.models.roles import pick
-from remanence.training.batches import Batch, Numbered
-from remanence.training.losses import nll
+from remanence.memory.rewoven_config import RewovenConfig
+from remanence.training.batches import Numbered
 from remanence.training.trainer import Settings, Trainer
-
-RECONSTRUCTIONS = ("identity", "lowrank", "mean", "autoenc")
-CODE_WEIGHT = 0.1  # of the codes' error in the training loss
 
 
 def reweave(
@@ -89,27 +81,21 @@ def reweave(
     Raises:
         Mistake: a setting that cannot work, or a model that cannot be reached into.
     """
-    chunk = max(1, window // 4) if chunk is None else chunk
-    group = group if reconstruct == "mean" else 1
-    if chunk < 1 or window < chunk:
-        raise Mistake("window", f"is {window}, the chunk {chunk}", "let the window be at least a chunk, and the chunk at least 1")
-    if budget and budget < sinks:
-        raise Mistake("budget", f"is {budget}, below the {sinks} sinks", "hold at least the sinks, or give budget=0 for a window alone")
-    for place, value, known in (("reconstruct", reconstruct, RECONSTRUCTIONS), ("positions", positions, ("original", "rebased"))):
-        if value not in known:
-            raise Mistake(place, f"unknown value '{value}'", nearest(value, known))
-    if window % group or chunk % group:
-        raise Mistake("group", f"{group} does not divide window {window} and chunk {chunk}", "choose multiples of it")
-    host = Host(model)
-    if positions == "rebased" and (host.rotary is None or pick(host.core, "position", strict=False)):
-        raise Mistake("positions", "cannot be rebased: this model adds absolute ones to its embeddings", "take positions='original'")
-    if positions == "rebased" and budget + window + chunk > longest(host.core):
-        raise Mistake("budget", f"with window and chunk it exceeds the {longest(host.core)} positions of the model", "lower one of them")
-    if train and not host.floating:
-        raise Mistake("train", "keys and values are quantised, gradients cannot pass them", "load the model in bf16, or take train=False")
-    name, weights = rule_of(score)
-    settings = BufferSettings(window, chunk, budget, sinks if budget else 0, name, weights, group, seed)
-    return Rewoven(host, settings, _captured(layers, host.depth), reconstruct, positions == "rebased", train, rank)
+    config = RewovenConfig(
+        window=window,
+        budget=budget,
+        layers=layers if isinstance(layers, str) else list(layers),
+        score=score if isinstance(score, str) else dict(score),
+        reconstruct=reconstruct,
+        positions=positions,
+        trained=train,
+        chunk=chunk,
+        sinks=sinks,
+        group=group,
+        rank=rank,
+        seed=seed,
+    )
+    return Rewoven(config, model)
 
 
 def train_reweaver(
@@ -146,21 +132,5 @@ def train_reweaver(
         from datasets import Dataset
 
         texts = trainer.batches(Dataset.from_dict({"text": list(texts)}), "text")
-    trainer.fit(model, texts, reweaving_loss, steps=steps, parameters=names)  # type: ignore[arg-type]
+    trainer.fit(model, texts, steps=steps, parameters=names)  # type: ignore[arg-type]
     return model
-
-
-def reweaving_loss(model: Rewoven, batch: Batch) -> Tensor:
-    """Return the mean loss of the next tokens, and a tenth of the codes' relative error."""
-    loss = nll(model, batch)
-    return loss + CODE_WEIGHT * model.code_error if model.reconstructor.kind == "autoenc" else loss
-
-
-def _captured(layers: str | Sequence[int], depth: int) -> list[int]:
-    if layers == "all":
-        return list(range(depth))
-    if layers == "third":
-        return list(range(0, depth, 3))
-    if isinstance(layers, str) or not layers or not all(isinstance(layer, int) and 0 <= layer < depth for layer in layers):
-        raise Mistake("layers", f"cannot be {layers!r}", f"say 'all', 'third', or numbers from 0 to {depth - 1}")
-    return sorted(set(layers))

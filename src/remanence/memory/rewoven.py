@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +15,20 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from remanence.errors import Mistake
-from remanence.memory.latent_buffer import BufferSettings, LatentBuffer
-from remanence.memory.salience import SCORES
-from remanence.memory.weaving import Host, Reconstructor, Sight
+from remanence.memory.asking import continued, copies, tokens_of
+from remanence.memory.latent_buffer import KIND, LatentBuffer
+from remanence.memory.rewoven_config import RewovenConfig, decoder
+from remanence.memory.rewoven_watch import watched
+from remanence.memory.salience import SCORES, surprisals
+from remanence.memory.sight import Sight, held_keys, len_of, visible
+from remanence.memory.state import MemoryState
+from remanence.memory.weaving import Host, Reconstructor
 from remanence.models.forward import positions as longest
 from remanence.seeds import generator
-from remanence.storage import load_tree, save_tree
 
 TRUNCATION = 2  # chunks that gradients flow back through
+CODE_WEIGHT = 0.1  # of the codes' error in the training loss
+PIECE = 1024  # tokens that are read at a time
 
 
 @dataclasses.dataclass
@@ -40,41 +44,65 @@ class Rewoven(PreTrainedModel, GenerationMixin):
     """A decoder with a window and a memory. `memory` is what `read` and `generate` go on from; a plain call starts from nothing unless it is given `cache`.
 
     Args:
-        host: the decoder.
-        settings: how its memory keeps.
-        captured: layers whose states are held.
-        reconstruct: how they become states again.
-        rebased: whether held tokens move up to the window.
-        trained: whether the reconstructor learns.
-        rank: of its adapters.
+        config: the decoder, the window, and how its memory keeps.
+        base: the decoder, if it is there already; otherwise it is built, or read from where the configuration says.
+
+    Raises:
+        Mistake: a setting that cannot work, or a decoder that cannot be reached into.
     """
 
+    config_class = RewovenConfig
     base_model_prefix = "base"
+    main_input_name = "input_ids"
     _is_stateful = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
-    def __init__(
-        self, host: Host, settings: BufferSettings, captured: Sequence[int], reconstruct: str, rebased: bool, trained: bool, rank: int
-    ):
-        config = type(host.core.config).from_dict(host.core.config.to_dict())
-        if rebased:
-            config.max_position_embeddings = 2**31  # no text is too long
+    def __init__(self, config: RewovenConfig, base: nn.Module | None = None):
+        config.check()
+        base, processor = decoder(config) if base is None else (base, None)
+        host = Host(base)
+        config.adopt(host.core.config)
         super().__init__(config)
-        self.base, self.host, self.settings = host.core, host, settings
+        self.base, self.host, self.settings, self.processor = host.core, host, config.buffer, processor
         self.generation_config = copy.deepcopy(host.core.generation_config)
-        self.rebased, self.limit = rebased, None if rebased else longest(host.core)
-        source = [max((layer for layer in captured if layer <= number), default=None) for number in range(host.depth)]
-        self.reconstructor = Reconstructor(host, source, reconstruct, rank, generator(settings.seed, "reweaving"))
-        self.reconstructor.requires_grad_(trained)
-        if trained:
-            self.base.requires_grad_(False)
-        self.captured, self.as_keys = tuple(captured), reconstruct == "identity" and not rebased and len(captured) == host.depth
-        self.signature = {"model": config.model_type, "layers": host.depth, "width": host.width, "captured": list(captured)}
-        self.signature |= {"reconstruct": reconstruct, "rebased": rebased} | dataclasses.asdict(settings)
-        self.signature["weights"] = list(settings.weights)
+        self.rebased = config.positions == "rebased"
+        self.limit = None if self.rebased else longest(host.core)
+        if self.rebased:
+            host.check_rebased(config.budget + config.window + config.step)
+        if config.trained and not host.floating:
+            raise Mistake(
+                "train", "keys and values are quantised, gradients cannot pass them", "load the model in bf16, or take train=False"
+            )
+        self.captured = tuple(config.captured(host.depth))
+        source = [max((layer for layer in self.captured if layer <= number), default=None) for number in range(host.depth)]
+        self.reconstructor = Reconstructor(host, source, config.reconstruct, config.rank, generator(config.seed, "reweaving"))
+        self.as_keys = config.reconstruct == "identity" and not self.rebased and len(self.captured) == host.depth
+        self.signature = {"model": host.core.config.model_type, "layers": host.depth, "width": host.width, "captured": list(self.captured)}
+        self.signature |= {"reconstruct": config.reconstruct, "rebased": self.rebased} | dataclasses.asdict(self.settings)
+        self.signature["weights"] = list(self.settings.weights)
         self.memory = self.new_memory()
         self.code_error: Tensor = torch.zeros(())
+        self.post_init()
+        self._freeze()
         self.eval()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Read what `save_pretrained` wrote; what may be trained is what could be when it was saved."""
+        found = super().from_pretrained(*args, **kwargs)
+        (found[0] if isinstance(found, tuple) else found)._freeze()
+        return found
+
+    def _freeze(self) -> None:
+        self.reconstructor.requires_grad_(self.config.trained)
+        if self.config.trained:
+            self.base.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Draw nothing: the decoder has its weights, and the reconstructor has drawn its own."""
+
+    def _init_weights(self, module: nn.Module) -> None:
+        pass
 
     def new_memory(self) -> LatentBuffer:
         """Return an empty memory for this model."""
@@ -95,26 +123,73 @@ class Rewoven(PreTrainedModel, GenerationMixin):
         return self
 
     def save_reconstructor(self, path: str | Path) -> None:
-        """Write what was trained as one safetensors file.
-
-        Raises:
-            Mistake: the file cannot be written.
-        """
-        save_tree(path, {"signature": self.signature, "weights": self.reconstructor.state_dict()})
+        """Write what was trained as one safetensors file (see `Reconstructor.save`)."""
+        self.reconstructor.save(path, self.signature)
 
     def load_reconstructor(self, path: str | Path) -> None:
-        """Take over what was trained with the same layers and reconstruction; window, budget and score may differ.
+        """Take over what was trained with the same layers and reconstruction; window, budget and score may differ (see `Reconstructor.load`)."""
+        self.reconstructor.load(path, self.signature)
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the decoder and the reconstructor as one model, which `from_pretrained` reads (as Hugging Face does).
 
         Raises:
-            Mistake: the file is missing or damaged, or made for another reconstruction.
+            Mistake: the decoder carries an adapter.
         """
-        tree = load_tree(path)
-        if not isinstance(tree, dict) or tree.keys() != {"signature", "weights"}:
-            raise Mistake(path, "is no reconstructor", "name a file that save_reconstructor wrote")
-        for key in ("model", "layers", "width", "captured", "reconstruct"):
-            if tree["signature"][key] != self.signature[key]:
-                raise Mistake(path, f"was made for {key}={tree['signature'][key]}, this is {self.signature[key]}", "reweave with the same")
-        self.reconstructor.load_state_dict(tree["weights"])
+        if hasattr(self.base, "peft_config"):
+            raise Mistake("save_pretrained", "the decoder carries an adapter", "merge it (merge_and_unload) before you reweave")
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+    def own_loss(self) -> Tensor | None:
+        """Return a tenth of the codes' relative error, where states are held as codes; the trainer adds it to its loss."""
+        return CODE_WEIGHT * self.code_error if self.reconstructor.kind == "autoenc" else None
+
+    def after_step(self) -> None:
+        """Nothing waits for the optimizer's step."""
+
+    @torch.no_grad()
+    def remember(self, text: Any, processor: Any = None, state: MemoryState | None = None, *, piece: int = PIECE) -> MemoryState:
+        """Read a text, a string with its tokenizer or tokens (T,) or (B, T), behind a state; return the state behind it. `memory` is left alone.
+
+        Raises:
+            Mistake: nothing to read, a string without a tokenizer, or a state of another model.
+        """
+        memory, ids = self._from(state), tokens_of(text, processor, self.device)
+        for part in ids.split(piece, 1):
+            self(part, cache=memory, logits_to_keep=1)
+        return memory.state()
+
+    @torch.no_grad()
+    def ask(self, prompt: Any, state: MemoryState | None = None, processor: Any = None, **generation: Any) -> Any:
+        """Continue a prompt from a state, which is left as it is; return the new text, or the new tokens where there is no processor.
+
+        `generation` are keywords of `generate` (max_new_tokens, do_sample, num_beams and so on).
+
+        Raises:
+            Mistake: nothing to read, a string without a tokenizer, or a state of another model.
+        """
+        ids = tokens_of(prompt, processor, self.device)
+        if state is not None:
+            state.check(KIND, self.signature, len(ids))
+            state = state.map(lambda tensor: tensor.index_select(0, copies(len(ids), generation).to(tensor.device)))
+        return continued(self, ids, self._from(state), processor, generation)
+
+    @torch.no_grad()
+    def watch(self, text: Any, state: MemoryState | None = None, processor: Any = None) -> dict[int, dict[str, Float[Tensor, "B 1 T"]]]:
+        """Return, under the number -1 (all layers hold the same tokens), what `rewoven_watch.watched` says of each token.
+
+        Raises:
+            Mistake: nothing to read, or a string without a tokenizer.
+        """
+        ids = tokens_of(text, processor, self.device)
+        return {-1: {name: values[:, None] for name, values in watched(self, self._from(state), ids).items()}}
+
+    def _from(self, state: MemoryState | None) -> LatentBuffer:
+        """Return a memory that holds a state, or nothing."""
+        memory = self.new_memory()
+        if state is not None:
+            memory.take(state, self.device)
+        return memory
 
     @torch.no_grad()
     def read(self, input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None = None, logits_to_keep: int = 1) -> Read:
@@ -146,7 +221,7 @@ class Rewoven(PreTrainedModel, GenerationMixin):
             raise Mistake(
                 "positions",
                 f"reach {ending}, the model knows {self.limit}",
-                "take positions='rebased' if they are rotary, or clear() the memory",
+                "take positions='rebased' (--positions rebased) if they are rotary, or begin with an empty memory",
             )
         logits, errors, chunks = [], [], 0
         with self.host.woven():
@@ -173,7 +248,8 @@ class Rewoven(PreTrainedModel, GenerationMixin):
     def _read(self, memory: LatentBuffer, ids: Int[Tensor, "B T"], real: Bool[Tensor, "B T"]) -> tuple[Tensor, Tensor]:
         """Read the tokens of one chunk, or a part of it; returns logits, and the summed error of the codes per captured layer."""
         position = (memory.seen[:, None] + real.cumsum(1) - 1).clamp_min(0)
-        window, held = memory.part("window."), self._held(memory)
+        window = memory.part("window.")
+        held = held_keys(memory, self.host, self.reconstructor, self.captured, as_keys=self.as_keys, rebased=self.rebased)
         weigh = real if self._counts("attention") else None
         sights = []
         for layer in range(self.host.depth):
@@ -181,7 +257,7 @@ class Rewoven(PreTrainedModel, GenerationMixin):
             pieces = ([(there.keys[layer], there.values[layer])] if there else []) + (
                 [(window[f"k.{layer}"], window[f"v.{layer}"])] if window else []
             )
-            bias = visible(None if there is None else self._loudness(layer, there), window.get("position"), real)
+            bias = visible(None if there is None else self.reconstructor.loudness(layer, there), window.get("position"), real)
             sights.append(
                 Sight([key for key, _ in pieces], [value for _, value in pieces], bias, weigh if layer in self.captured else None)
             )
@@ -200,8 +276,9 @@ class Rewoven(PreTrainedModel, GenerationMixin):
             columns["mass"] = mass[:, -ids.shape[1] :]
             if window:
                 memory.tensors["window.mass"] = window["mass"] + mass[:, : -ids.shape[1]]
-        surprised = self._counts("surprisal")
-        columns["surprisal"] = self._surprisal(memory, logits.detach(), ids, real) if surprised else torch.zeros_like(columns["mass"])
+        columns["surprisal"] = torch.zeros_like(columns["mass"])
+        if self._counts("surprisal"):
+            columns["surprisal"], memory.tensors["last"] = surprisals(memory.tensors.get("last"), logits.detach(), ids, real)
         for layer, sight in enumerate(sights):
             assert sight.own_keys is not None
             assert sight.own_values is not None
@@ -218,69 +295,3 @@ class Rewoven(PreTrainedModel, GenerationMixin):
     def _counts(self, feature: str) -> bool:
         """Say whether a feature decides about what is held."""
         return bool(self.settings.budget) and self.settings.weights[SCORES.index(feature)] != 0
-
-    def _held(self, memory: LatentBuffer) -> Held | None:
-        """Return keys and values of what is held for every layer, made once per change."""
-        if memory.woven is None and "held.position" in memory.tensors and memory.tensors["held.position"].shape[1]:
-            held = memory.part("held.")
-            valid, place = held["position"] >= 0, held["position"].clamp_min(0)
-            made = Held({}, {}, valid, memory.salience())
-            if self.as_keys:
-                made.keys = {layer: held[f"k.{layer}"] for layer in self.captured}
-                made.values = {layer: held[f"v.{layer}"] for layer in self.captured}
-            else:
-                if self.rebased:
-                    start = (memory.seen // self.settings.chunk * self.settings.chunk - self.settings.window).clamp_min(0)
-                    place = (start[:, None] - valid.sum(1, keepdim=True) + torch.arange(valid.shape[1], device=valid.device)).clamp_min(0)
-                for layer, states in self.reconstructor({layer: held[f"h.{layer}"] for layer in self.captured}):
-                    made.keys[layer], made.values[layer] = self.host.project(layer, states, place)
-            memory.woven = made
-        return memory.woven
-
-    def _loudness(self, layer: int, held: Held) -> Float[Tensor, "B H M"]:
-        """Return log gamma + tau s for every head, -inf where nothing is held."""
-        gamma, tau = self.reconstructor.gamma[layer], self.reconstructor.tau[layer]
-        loud = gamma.clamp_min(0).log()[:, None] + tau[:, None] * held.salience.to(tau.dtype)[:, None]
-        return loud.masked_fill(~held.valid[:, None], -math.inf)
-
-    def _surprisal(self, memory: LatentBuffer, logits: Float[Tensor, "B T V"], ids: Tensor, real: Tensor) -> Float[Tensor, "B T"]:
-        """Return -log p(x_t | x_<t), log V for a first token; the last logits are kept for the token that comes next."""
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        B, T, V = wide.shape
-        last = memory.tensors.get("last", wide.new_zeros(B, V))  # all equal: -log p is log V
-        column = torch.arange(1, T + 1, device=ids.device) * real
-        before = torch.cat([column.new_zeros(B, 1), column.cummax(1).values[:, :-1]], 1)  # 0: `last`; j: column j - 1
-        rows = torch.arange(B, device=ids.device)
-        own = wide[rows[:, None], (before - 1).clamp_min(0), ids].where(before > 0, last.gather(1, ids))
-        surprisal = torch.cat([last.logsumexp(-1)[:, None], wide.logsumexp(-1)], 1).gather(1, before) - own
-        ending = column.amax(1)
-        memory.tensors["last"] = wide[rows, (ending - 1).clamp_min(0)].where((ending > 0)[:, None], last)
-        return surprisal.double() * real
-
-
-@dataclasses.dataclass
-class Held:
-    """Keys and values (B, G, M, dh) of what is held, by layer, which columns are there, and their salience (B, M)."""
-
-    keys: dict[int, Tensor]
-    values: dict[int, Tensor]
-    valid: Bool[Tensor, "B M"]
-    salience: Float[Tensor, "B M"]
-
-
-def visible(loud: Float[Tensor, "B H M"] | None, window: Int[Tensor, "B N"] | None, real: Bool[Tensor, "B T"]) -> Float[Tensor, "B H T N"]:
-    """Return what is added to the logits over [held ; window ; the call's tokens]: how loud, -inf for what is hidden, masked or yet to come."""
-    B, T = real.shape
-    itself = torch.eye(T, dtype=torch.bool, device=real.device)  # a masked token sees itself, so that it is finite; nobody sees it
-    seen = real[:, None, :].expand(B, T, T).tril() | itself
-    if window is not None:
-        seen = torch.cat([(window >= 0)[:, None].expand(B, T, -1), seen], -1)
-    bias = torch.zeros(seen.shape, device=real.device, dtype=torch.float32 if loud is None else loud.dtype).masked_fill(~seen, -math.inf)[
-        :, None
-    ]
-    return bias if loud is None else torch.cat([loud[:, :, None].expand(-1, -1, T, -1), bias.expand(-1, loud.shape[1], -1, -1)], -1)
-
-
-def len_of(window: Mapping[str, Tensor]) -> int:
-    """Return the columns of a window."""
-    return window["position"].shape[1] if window else 0

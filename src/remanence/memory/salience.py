@@ -99,3 +99,19 @@ def standard(values: Float[Tensor, "B F N"], moments: Float[Tensor, "B F 3"]) ->
     count, mean, squares = (moment[..., None] for moment in moments.unbind(-1))
     deviation = (squares / count.clamp_min(1)).sqrt()
     return torch.where(deviation > 0, (values - mean) / deviation.clamp_min(1e-12), 0.0)
+
+
+def surprisals(
+    last: Float[Tensor, "B V"] | None, logits: Float[Tensor, "B T V"], ids: Int[Tensor, "B T"], real: Bool[Tensor, "B T"]
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B V"]]:
+    """Return -log p(x_t | x_<t), log V for a first token, and the logits of the last real token, which are for the one that comes next."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    B, T, V = wide.shape
+    last = wide.new_zeros(B, V) if last is None else last  # all equal: -log p is log V
+    column = torch.arange(1, T + 1, device=ids.device) * real
+    before = torch.cat([column.new_zeros(B, 1), column.cummax(1).values[:, :-1]], 1)  # 0: `last`; j: column j - 1
+    rows = torch.arange(B, device=ids.device)
+    own = wide[rows[:, None], (before - 1).clamp_min(0), ids].where(before > 0, last.gather(1, ids))
+    surprisal = torch.cat([last.logsumexp(-1)[:, None], wide.logsumexp(-1)], 1).gather(1, before) - own
+    ending = column.amax(1)
+    return surprisal.double() * real, wide[rows, (ending - 1).clamp_min(0)].where((ending > 0)[:, None], last)

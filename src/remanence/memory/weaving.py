@@ -8,43 +8,27 @@ line here knows a family; `models.roles` finds the norm and the attention of eac
 from __future__ import annotations
 
 import contextlib
+import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AttentionInterface, PreTrainedModel
 
 from remanence.errors import Mistake
+from remanence.memory.sight import Held, Sight
+from remanence.models.forward import positions as longest
 from remanence.models.forward import unwrapped
 from remanence.models.roles import blocks, pick
+from remanence.storage import load_tree, save_tree
 
 NAME = "remanence_reweaving"  # of the attention function, inside of Host.woven only
 _ATTENTION = re.compile(r"^(.*\.(?:self_attn|attn|attention))\.")
-
-
-@dataclass
-class Sight:
-    """What one layer's attention sees during a call, and what it saw.
-
-    Args:
-        keys: in front of the call's own, pieces along the token axis, each (B, G, N, dh).
-        values: of those keys.
-        bias: (B, 1 or H, T, all keys), added to the logits, -inf where nothing may be seen; `None`: nothing is attended to, keys and values are wanted.
-        weigh: (B, T) queries whose attention is added up in `mass`; `None`: it is not.
-    """
-
-    keys: Sequence[Float[Tensor, "B G N dh"]] = ()
-    values: Sequence[Float[Tensor, "B G N dh"]] = ()
-    bias: Float[Tensor, "B H T N"] | None = None
-    weigh: Bool[Tensor, "B T"] | None = None
-    own_keys: Float[Tensor, "B G T dh"] | None = None
-    own_values: Float[Tensor, "B G T dh"] | None = None
-    mass: Float[Tensor, "B N"] | None = None
 
 
 def attend(
@@ -112,6 +96,15 @@ class Host:
     def depth(self) -> int:
         """L, the number of blocks."""
         return len(self.blocks)
+
+    def check_rebased(self, reach: int) -> None:
+        """Refuse a decoder whose held tokens cannot be moved up to its window, or not so many that the farthest is `reach` away."""
+        if self.rotary is None or pick(self.core, "position", strict=False):
+            raise Mistake("positions", "cannot be rebased: this model adds absolute ones to its embeddings", "take positions='original'")
+        if reach > longest(self.core):
+            raise Mistake(
+                "budget", f"with window and chunk it exceeds the {longest(self.core)} positions of the model", "lower one of them"
+            )
 
     def project(self, layer: int, states: Float[Tensor, "B M d"], positions: Float[Tensor, "B M"]) -> tuple[Tensor, Tensor]:
         """Return keys and values (B, G, M, dh) that a layer's own norm, projections and rotation make of hidden states in front of it."""
@@ -192,12 +185,40 @@ class Reconstructor(nn.Module):
         reference = next(host.core.parameters())
         self.to(reference.device, reference.dtype if reference.is_floating_point() else torch.float32)
 
+    def save(self, path: str | Path, signature: Mapping[str, Any]) -> None:
+        """Write the parameters, and what they were made for, as one safetensors file.
+
+        Raises:
+            Mistake: the file cannot be written.
+        """
+        save_tree(path, {"signature": dict(signature), "weights": self.state_dict()})
+
+    def load(self, path: str | Path, signature: Mapping[str, Any]) -> None:
+        """Take over what `save` wrote for the same layers and reconstruction.
+
+        Raises:
+            Mistake: the file is missing or damaged, or made for another reconstruction.
+        """
+        tree = load_tree(path)
+        if not isinstance(tree, dict) or tree.keys() != {"signature", "weights"}:
+            raise Mistake(path, "is no reconstructor", "name a file that save_reconstructor wrote")
+        for key in ("model", "layers", "width", "captured", "reconstruct"):
+            if tree["signature"][key] != signature[key]:
+                raise Mistake(path, f"was made for {key}={tree['signature'][key]}, this is {signature[key]}", "reweave with the same")
+        self.load_state_dict(tree["weights"])
+
     def code(self, layer: int, h: Float[Tensor, "B T d"]) -> tuple[Tensor, Tensor]:
         """Return what is stored of hidden states, and the relative squared error of decoding it again, per token (B, T)."""
         if self.kind != "autoenc":
             return h, h.new_zeros(h.shape[:-1])
         z = h @ self.encode[layer].mT
         return z, (z @ self.decode[layer].mT - h).square().sum(-1) / h.square().sum(-1).clamp_min(1e-12)
+
+    def loudness(self, layer: int, held: Held) -> Float[Tensor, "B H M"]:
+        """Return log gamma + tau s for every head, -inf where nothing is held."""
+        gamma, tau = self.gamma[layer], self.tau[layer]
+        loud = gamma.clamp_min(0).log()[:, None] + tau[:, None] * held.salience.to(tau.dtype)[:, None]
+        return loud.masked_fill(~held.valid[:, None], -math.inf)
 
     def forward(self, held: dict[int, Float[Tensor, "B M c"]]) -> Iterator[tuple[int, Float[Tensor, "B M d"]]]:
         """Yield (layer, r^l), bottom-up: r^l = h^l + g_l U_l V_l RMSNorm([h^l ; r^(l-1)]), r below the lowest captured layer being 0."""

@@ -177,7 +177,7 @@ def _from_config(spec: str, dtype: torch.dtype | None, trust: bool) -> Loaded:
     folder = path if path.is_dir() else path.parent
     model = auto.from_config(config, dtype=dtype or torch.float32, trust_remote_code=trust)
     if not _has_processor(folder):
-        return Loaded(model, None, spec)
+        return Loaded(model, getattr(model, "processor", None), spec)  # that of a pre-trained part, where there is one
     processor, notes = _processor(folder, model, config, trust)
     return Loaded(model, processor, spec, notes)
 

@@ -48,7 +48,7 @@ _BY_NAME = {  # end of the module's name -> role
     r"wpe": "position",
     r"lm_head|embed_out": "head",
     r"(memory_norm|attended_norm|middle_norm)": "norm",
-    r"layers\.\d+\.memory(\..+)?|persistent": "other",  # a memory that learns while it reads, and its prefix
+    r"layers\.\d+\.memory(\..+)?|persistent|reconstructor": "other",  # a memory that learns while it reads, its prefix, what reweaves
 }
 _RULES = [(re.compile(rf"(?:^|\.)(?:{pattern})$"), role) for pattern, role in _BY_NAME.items()]
 LAYER = re.compile(r"\.(?:layers|h|blocks)\.(\d+)\.")

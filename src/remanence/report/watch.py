@@ -19,12 +19,17 @@ from remanence.storage import whole_file, write_text
 
 FILES = (".png", ".svg", ".html", ".csv", ".json")
 INK, SOFT, RULE = "#16191d", "#5b636e", "#d9dde3"
+ALL = -1  # the number of no block: what all of them did
 SHADES = {"surprise": "#d55e00", "write": "#0072b2", "forget": "#009e73", "momentum": "#cc79a7"}
+SHADES |= {"surprisal": "#d55e00", "held": "#0072b2", "window": "#009e73"}
 WORDS = {
     "surprise": "surprise: norm of the gradient of the memory's loss",
     "write": "write: step size",
     "forget": "forget: share of the memory that decays",
     "momentum": "momentum: share of the last surprise that still writes",
+    "surprisal": "surprisal: -log p of the token, nats",
+    "held": "held: 1 if its states are held behind the text",
+    "window": "window: 1 if attention still sees it behind the text",
 }
 LABELLED = 72  # tokens that can be named below the axis
 
@@ -35,7 +40,7 @@ class Watched:
 
     Args:
         tokens: the T tokens as text.
-        blocks: number of the block -> name (surprise, write, forget, ...) -> one value per token, the mean over heads, (T,).
+        blocks: number of the block (`ALL`: of none) -> name (surprise, write, forget, ...) -> one value per token, the mean over heads, (T,).
         title: above the picture.
     """
 
@@ -132,7 +137,7 @@ def picture(seen: Watched, kind: str) -> bytes:
             axes.set(xlim=(-0.5, count - 0.5), ylim=(0, max(float(np.nanmax(values)) * 1.08, 1e-9)))
             if name == "surprise" and np.nanmin(values) > 0 and np.nanmax(values) > 20 * np.nanmedian(values):
                 axes.set(yscale="log", ylim=(float(np.nanmin(values)) / 1.2, float(np.nanmax(values)) * 1.2))
-            axes.set_title(f"block {block}, {WORDS.get(name, name)}", fontsize=10, color=SOFT, loc="left")
+            axes.set_title(f"{called(block)}, {WORDS.get(name, name)}", fontsize=10, color=SOFT, loc="left")
             axes.tick_params(length=0, colors=SOFT, labelsize=9)
             axes.spines[["top", "right"]].set_visible(False)
         if count <= LABELLED:
@@ -148,7 +153,7 @@ def page(seen: Watched) -> str:
     """Return an HTML page: per block the curves, and the text with every token coloured by its surprise (numbers in the tooltip)."""
     parts = []
     for block, found in seen.blocks.items():
-        shade = found.get("surprise", next(iter(found.values())))
+        shade, held = found.get("surprise", next(iter(found.values()))), found.get("held")
         depth = (shade[None] < shade[:, None]).mean(
             1
         )  # share of tokens that surprised it less: a memory's first writes dwarf all later ones
@@ -156,9 +161,11 @@ def page(seen: Watched) -> str:
         for place, token in enumerate(seen.tokens):
             tip = html.escape(", ".join(f"{name} {values[place]:.3g}" for name, values in found.items()), quote=True)
             shown = html.escape(token).replace("\n", "↵<br>")
-            words.append(f'<span title="{tip}" style="background:rgba(213,94,0,{0.75 * depth[place] ** 2:.3f})">{shown}</span>')
-        parts.append(f"<h2>Block {block}</h2>\n<p class=text>{''.join(words)}</p>")
+            mark = ";border-bottom:3px solid #0072b2" if held is not None and held[place] else ""
+            words.append(f'<span title="{tip}" style="background:rgba(213,94,0,{0.75 * depth[place] ** 2:.3f}){mark}">{shown}</span>')
+        parts.append(f"<h2>{called(block).capitalize()}</h2>\n<p class=text>{''.join(words)}</p>")
     curves = picture(seen, "svg").decode().partition("<svg")
+    underlined = " Underlined tokens are held behind the text." if any("held" in found for found in seen.blocks.values()) else ""
     style = (
         f"body{{font:16px/1.6 system-ui,sans-serif;color:{INK};max-width:1100px;margin:2rem auto;padding:0 1rem}}svg{{width:100%;height:auto}}"
         ".text{white-space:pre-wrap;font-family:ui-monospace,monospace;line-height:1.9}span{border-radius:2px}h2{margin-top:2rem}"
@@ -166,8 +173,13 @@ def page(seen: Watched) -> str:
     return (
         f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(seen.title)}</title>'
         f"<style>{style}</style>\n<h1>{html.escape(seen.title)}</h1>\n<p>The deeper the colour, the more a token surprised the memory, compared with the others; "
-        f"hold the pointer over one for its numbers.</p>\n{''.join(parts)}\n<h2>Over the text</h2>\n<svg{curves[2]}\n</html>\n"
+        f"hold the pointer over one for its numbers.{underlined}</p>\n{''.join(parts)}\n<h2>Over the text</h2>\n<svg{curves[2]}\n</html>\n"
     )
+
+
+def called(block: int) -> str:
+    """Return a block's name."""
+    return "all blocks" if block == ALL else f"block {block}"
 
 
 def _visible(token: str) -> str:

@@ -1,0 +1,46 @@
+"""What every model with a memory does with words: tokens from a text, and the continuation of a prompt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from remanence.errors import Mistake
+
+
+def tokens_of(text: Any, processor: Any, device: torch.device) -> Int[Tensor, "B T"]:
+    """Return the tokens of a string, or tokens (T,) or (B, T) as they are.
+
+    Raises:
+        Mistake: nothing to read, or a string without a tokenizer.
+    """
+    if isinstance(text, str):
+        if processor is None:
+            raise Mistake("processor", "a string needs a tokenizer", "give the model's processor, or tokens")
+        text = processor(text, add_special_tokens=False, verbose=False)["input_ids"]  # a text may be longer than the model's positions
+    ids = torch.as_tensor(text, dtype=torch.int64, device=device)
+    ids = ids[None] if ids.ndim == 1 else ids
+    if ids.ndim != 2 or ids.shape[1] == 0:
+        raise Mistake("text", "there is nothing to read", "give at least one token")
+    return ids
+
+
+def copies(rows: int, generation: dict[str, Any]) -> Int[Tensor, " N"]:
+    """Return, for every continuation that `generate` makes of `rows` prompts, the row that it goes on from."""
+    many = max(generation.get("num_beams") or 1, generation.get("num_return_sequences") or 1)
+    return torch.arange(rows).repeat_interleave(many)
+
+
+def continued(model: Any, ids: Int[Tensor, "B T"], cache: Any, processor: Any, generation: dict[str, Any]) -> Any:
+    """Generate behind a prompt and a cache; return the new text (a list of texts, if there are several), or the new tokens without a processor."""
+    if processor is not None:
+        generation.setdefault("pad_token_id", processor.pad_token_id)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), cache=cache, **generation)
+    fresh = out[:, ids.shape[1] :]
+    if processor is None:
+        return fresh
+    texts = processor.batch_decode(fresh, skip_special_tokens=True)
+    return texts[0] if len(texts) == 1 else texts
