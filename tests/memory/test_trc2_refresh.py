@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
-from toy_trc2 import LONG, entry, filled, made, moved, span_of, tokens, trained_step
+from toy_trc2 import LONG, entry, filled, lines, made, moved, span_of, tokens, trained_step, trainer
 
 from remanence.errors import Mistake
+from remanence.learn.replay_controller import ControlledReplay
+from remanence.learn.sequential import Sequential
 from remanence.memory.hippocampus import SlotMemory
 from remanence.memory.spans import Spans
+from remanence.stream import Task
+from remanence.training.checkpoint import Checkpoints
 
 # Without spans all is as it was, and with them but for the spans.
 
@@ -179,3 +184,54 @@ def test_a_refresh_at_the_wrong_time_is_refused() -> None:
     assert made(slot_span=4, alive=False).refresh_slots() == 0  # an empty memory is up to date
     with pytest.raises(Mistake, match="slot_span"):
         made(slot_span=-1)
+
+
+# At a task's end.
+
+
+def test_the_learner_refreshes_at_a_tasks_end() -> None:
+    notes: list[dict[str, Any]] = []
+
+    def record(table: str, rows: list[dict[str, Any]]) -> None:
+        notes.extend(row["content"] for row in rows if table == "notes")
+
+    ends = {}
+    for span in (0, 6):
+        model, learner = made(vocab_size=99, slot_span=span), ControlledReplay(ring=4, reservoir=8, every=2)
+        learner.learn(model, Task("lines", lines("line")), trainer(learner, record=record))
+        ends[span] = model
+    assert "refreshed" not in notes[0]
+    assert notes[1]["refreshed"] == int((ends[6].memory.span_length > 0).sum()) > 0
+    assert not torch.equal(ends[0].memory.keys, ends[6].memory.keys)
+    assert all(torch.equal(value, ends[6].state_dict()[name]) for name, value in ends[0].named_parameters())
+    known = ends[6].memory.with_span()
+    before = ends[6].memory.keys.clone()
+    ends[6].refresh_slots()
+    assert torch.equal(ends[6].memory.keys[known], before[known])  # up to date already
+    unrefreshed = made(vocab_size=99, slot_span=6)
+    Sequential().learn(unrefreshed, Task("lines", lines("line")), trainer())
+    before = unrefreshed.memory.keys.clone()
+    unrefreshed.refresh_slots()
+    assert not torch.equal(unrefreshed.memory.keys, before)
+
+
+def test_killed_and_resumed_the_spans_are_the_same(tmp_path: Path) -> None:
+    class Killed(Exception):
+        pass
+
+    def kill(model: Any, step: int) -> None:
+        if step == 3:
+            raise Killed
+
+    ends = []
+    for points in ("whole", "cut", "cut"):
+        learner, model = ControlledReplay(ring=4, reservoir=8, every=2), made(vocab_size=99, slot_span=6)
+        checkpoints = Checkpoints(tmp_path / points, every=2)
+        if points == "cut" and len(ends) == 1 and not checkpoints.points():
+            with pytest.raises(Killed):
+                learner.learn(model, Task("lines", lines("line")), trainer(learner, 5, checkpoints=checkpoints, watch=kill))
+            learner, model = ControlledReplay(ring=4, reservoir=8, every=2), made(vocab_size=99, slot_span=6)
+        ends.append(learner.learn(model, Task("lines", lines("line")), trainer(learner, 5, checkpoints=checkpoints)).state_dict())
+    assert (ends[0]["hippocampus.memory.span_length"] > 0).any()
+    for end in ends[1:]:  # killed in the middle; and behind the last step, before the refresh was saved
+        assert all(torch.equal(value, end[name]) for name, value in ends[0].items())

@@ -13,11 +13,14 @@ from torch.nn import functional as F
 from toy_trc2 import LONG, filled, lines, made, moved, span_of, tokens, trained_step, trainer
 
 from remanence.errors import Mistake
+from remanence.learn.replay_controller import ControlledReplay
+from remanence.life import Deed, Life
 from remanence.memory.hippocampus import SlotMemory
 from remanence.memory.spans import Spans, Trail
 from remanence.memory.trc2 import TRC2Cache, TRC2ForCausalLM
 from remanence.models.load import load_model, save_model
-from remanence.stream import Request
+from remanence.stream import Request, Task
+from remanence.training.trainer import Settings
 from toy import toy_tokenizer
 
 # Which tokens end at a position.
@@ -225,3 +228,52 @@ def test_erasing_gives_up_what_merged_or_waits() -> None:
     assert model.erase(Request("go", lines("unseen"), kind="text"), trainer()) == 0
     assert not model.hippocampus.waiting
     torch.testing.assert_close(model.memory.values, own, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["qa", "text"])
+def test_erasing_empties_the_slots_made_of_forgotten_rows(kind: str) -> None:
+    if kind == "text":
+        rows, other = lines("line", 6), lines("other words, index", 6)
+    else:
+        rows, other = (
+            Dataset.from_dict({"question": [f"{word} {n}?" for n in range(6)], "answer": [f"{word}{'!' * (n % 3)}" for n in range(6)]})
+            for word in ("who", "where")
+        )
+    both = Dataset.from_list([*rows, *other])
+    model, learner = made(vocab_size=99, slot_span=12, slots=256, merge_cosine=2.0), ControlledReplay(ring=4, reservoir=8)
+    learner.learn(model, Task("both", both, kind=kind), trainer(learner, steps=12))
+    held = {slot: span_of(model.memory, slot) for slot in model.memory.with_span().tolist()}
+    gone = model.erase(Request("go", rows, kind=kind), trainer())
+    words = toy_tokenizer(99)
+    texts = [words.decode(span) for span in held.values()]
+    left = [words.decode(span_of(model.memory, slot)) for slot in model.memory.with_span().tolist()]
+    assert 0 < gone < len(held)
+    assert gone + len(left) == len(held)
+    mark = "line number" if kind == "text" else "who"
+    assert any(mark in text for text in texts)
+    assert not any(mark in text for text in left)
+    assert not model.memory.keys[~model.memory.filled].any()
+    assert made(vocab_size=99).erase(Request("go", rows, kind=kind), trainer()) == 0
+    assert made(hippocampus=False).erase(Request("go", rows, kind=kind), trainer()) == 0
+
+
+def test_a_life_empties_the_slots_of_a_request() -> None:
+    def lived(span: int) -> tuple[Life, TRC2ForCausalLM]:
+        model, learner = made(vocab_size=99, slot_span=span), ControlledReplay(ring=4, reservoir=8)
+        settings = Settings(steps=4, batch_size=4, length=24)
+        deeds = [Deed(Task("lines", lines("line")), learner, settings), Deed(Request("go", lines("line", 6), kind="text"), None, settings)]
+        life = Life(deeds, model, toy_tokenizer(99), progress=False)
+        life.run()
+        return life, model
+
+    life, model = lived(12)
+    assert life.ledger is not None
+    (note,) = [row for row in life.ledger.rows("notes") if row["name"] == "erased from memories"]
+    assert json.loads(note["content"])["TRC2ForCausalLM"] > 0
+    forgotten = [f"line number {number} and what follows it" for number in range(6)]
+    for slot in model.memory.with_span().tolist():
+        assert not any(toy_tokenizer(99).decode(span_of(model.memory, slot)) in text for text in forgotten)
+    plain, _ = lived(0)
+    assert plain.ledger is not None
+    (note,) = [row for row in plain.ledger.rows("notes") if row["name"] == "erased from memories"]
+    assert json.loads(note["content"]).keys() == {"ControlledReplay"}
