@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from remanence.errors import Mistake
 from remanence.ledger import END, Ledger, now
+from remanence.models.forward import unwrapped
 from remanence.seeds import derive
 from remanence.storage import load_tree, save_tree, whole_folder
 from remanence.stream import (
@@ -226,8 +227,11 @@ class Life:
         return without_forgotten(earlier, drop=True) if any(isinstance(deed.event, Request) for deed in earlier) else earlier
 
     def _erase(self, request: Request, trainer: Trainer) -> None:
-        """Make every learner let go of the forgotten rows that it keeps."""
+        """Make every learner let go of the forgotten rows that it keeps, and the model of what its memory made of them."""
         gone = {type(method).__name__: method.erase(request, trainer) for method in self._stateful if isinstance(method, Remembering)}
+        core = unwrapped(self.model)
+        if isinstance(core, Remembering) and (emptied := core.erase(request, trainer)):
+            gone[type(core).__name__] = emptied
         if gone:
             trainer.note("erased from memories", gone)
 

@@ -240,10 +240,10 @@ class Learner(Protocol):
 
 @runtime_checkable
 class Remembering(Protocol):
-    """A learner that keeps rows (a replay memory): it must let go of them on request, or it would teach them again."""
+    """A learner that keeps rows (a replay memory), or a model that keeps entries made of rows: it must let go of them on request."""
 
     def erase(self, request: Request, trainer: Trainer) -> int:
-        """Remove every kept row that equals a forget row; return how many went."""
+        """Remove every kept row that equals a forget row, or entry that was made of one; return how many went."""
         ...
 
 

@@ -13,15 +13,15 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from torch.nn import functional as F
+from toy_trc2 import made, tokens, trained_step
 
 from remanence.errors import Mistake
 from remanence.learn.replay_controller import ControlledReplay
 from remanence.learn.sequential import Sequential
 from remanence.memory.hippocampus import SlotMemory
 from remanence.memory.thalamus import past_average, past_mean, trn
-from remanence.memory.trc2 import TRC2Cache, TRC2Config, TRC2ForCausalLM
+from remanence.memory.trc2 import TRC2Cache
 from remanence.memory.trc2_parts import moe_grouped, moe_reference
-from remanence.models.forward import fresh_weights
 from remanence.models.load import load_model, save_model
 from remanence.stream import Task
 from remanence.training.batches import Batch
@@ -30,54 +30,6 @@ from remanence.training.losses import nll
 from remanence.training.replay_control import ForgettingController, ReplayStore, replaying
 from remanence.training.trainer import Settings, Trainer
 from toy import toy_lm, toy_tokenizer
-
-SHAPE: dict[str, Any] = {
-    "vocab_size": 50,
-    "hidden_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 24,
-    "num_experts": 4,
-    "rank": 8,
-    "trn_groups": 2,
-    "slots": 16,
-    "read_k": 4,
-    "initializer_range": 0.1,
-    "max_position_embeddings": 64,
-}
-
-
-def made(seed: int = 0, *, alive: bool = True, **changes: Any) -> TRC2ForCausalLM:
-    """Return a model; alive: its side loops say something, its slots are filled and every second position is an event."""
-    with fresh_weights(seed):
-        model = TRC2ForCausalLM(TRC2Config(**SHAPE | changes))
-        if alive:
-            with torch.no_grad():
-                for layer in model.layers:
-                    if layer.self_attn.modulate is not None:
-                        layer.self_attn.modulate.weight.normal_()
-                for thalamus in model.thalami:
-                    thalamus.gates.weight.normal_()
-                hippocampus = model.hippocampus
-                if hippocampus is not None:
-                    hippocampus.fast.weight.normal_()
-                    hippocampus.out.weight.normal_()
-                    memory = hippocampus.memory
-                    memory.write(F.normalize(torch.randn(12, 32), dim=-1), torch.randn(12, 32), torch.rand(12))
-    return model.eval()
-
-
-def tokens(seed: int = 1, rows: int = 3, length: int = 19) -> Tensor:
-    return torch.randint(2, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def trained_step(model: TRC2ForCausalLM, ids: Tensor) -> None:
-    """Take one step by hand, up to the writes."""
-    model.train()
-    loss = model(ids, labels=ids).loss
-    assert loss is not None
-    loss.backward()
 
 
 def test_a_loss_asked_for_with_labels_holds_the_models_own() -> None:

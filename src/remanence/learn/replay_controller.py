@@ -14,6 +14,7 @@ The learner of "Efficient Continual Learning in Language Models via Thalamically
 
 Around TRC2 this is the paper's training; around any other model it is the control that TRC2 must be held against: the same replay at the same budget.
 Past rows go around a model's side loops (`replaying`). Rows enter the store behind the step that first trains on them, so a step never replays itself.
+Behind a task the model may bring its memory up to date (`task_ended`; TRC2 with `slot_span`).
 
 Differs from the paper: everything but the parts' names is ours (only its abstract and page were read). A task without test rows is probed on its training rows.
 Cost: 1 + `share` times plain training, and every `every` steps a forward pass over `probe_rows` rows per task.
@@ -35,7 +36,7 @@ from remanence.stream import Request, Task, keys_of
 from remanence.training.batches import Batch, Draws, Zip
 from remanence.training.losses import nll
 from remanence.training.memory import ReservoirMemory
-from remanence.training.replay_control import ForgettingController, ReplayStore, replaying
+from remanence.training.replay_control import ForgettingController, ReplayStore, replaying, task_ended
 from remanence.training.trainer import Step, Trainer
 
 
@@ -116,14 +117,16 @@ class ControlledReplay:
                 curve.append({"step": self.steps, "lam": self.controller.lam, "forgetting": self.controller.forgetting} | losses)
 
         model = trainer.fit(model, Zip(new=new, old=old), weighed, steps=trainer.steps_for(new), after_step=behind)
-        trainer.note("forgetting", {"task": task.name, "curve": curve, "rows": len(self.store), "bytes": self.store.bytes})
+        refreshed = task_ended(model, trainer.accelerator.device)
+        found = {"task": task.name, "curve": curve, "rows": len(self.store), "bytes": self.store.bytes}
+        trainer.note("forgetting", found | ({"refreshed": refreshed} if refreshed else {}))
         return model
 
     def __len__(self) -> int:
         return self.ring + self.reservoir
 
     def erase(self, request: Request, trainer: Trainer) -> int:
-        """Remove the kept rows that equal a forget row, from probes too; return their number."""
+        """Remove the kept rows that equal a forget row, from probes too; return their number. (A model's own memory is asked by `Life`.)"""
         return self.store.erase(request, trainer) + sum(probe.erase(request, trainer) for probe in self.probes.values())
 
     def state_dict(self) -> dict[str, Any]:

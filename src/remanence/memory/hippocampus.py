@@ -21,6 +21,8 @@ decoding token by token. (NLL_t is used to train the critics, nowhere else.)
 | decay^age | `age_decay` | | 0.999 |
 | gamma | `discount` | | 0.9 |
 
+The slots, how they are merged and how they age, are in `slots`.
+
 Ours: every constant; rewards scaled by 1 - gamma, so that V is in nats per token; keys and values made by fixed random maps (slots carry no gradient, so nothing
 could train them; W_mq starts as the map of the keys and is trained); candidates of one flush that are near copies of a more surprising one are dropped.
 Cost: O(T M d) to read, O(B m (M + B m) d) to write; M (2 d + 3) numbers.
@@ -28,133 +30,41 @@ Cost: O(T M d) to read, O(B m (M + B m) d) to write; M (2 d + 3) numbers.
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from remanence.errors import Mistake
-from remanence.storage import load_tree, save_tree
+from remanence.memory.slots import SlotMemory
+from remanence.memory.spans import Spans, Trail
 from remanence.training.processes import world_size
 
 State = dict[str, Tensor]
 
 
-class SlotMemory(nn.Module):
-    """Slots of keys and values: buffers, saved with the model and trained by nobody.
+class Seen(NamedTuple):
+    """What the critics saw at the injection, and the tokens that led there (`None` where slots keep none)."""
 
-    Args:
-        slots: M.
-        dim: d.
-        merge: cosine from which a candidate is merged into its nearest slot.
-        keep: share of the old value in a merge.
-        age_decay: of a slot's strength per flush.
-    """
-
-    keys: Tensor
-    values: Tensor
-    strength: Tensor
-    written: Tensor
-    filled: Tensor
-    time: Tensor
-
-    def __init__(self, slots: int, dim: int, merge: float = 0.9, keep: float = 0.9, age_decay: float = 0.999):
-        super().__init__()
-        self.merge, self.keep, self.age_decay = merge, keep, age_decay
-        self.register_buffer("keys", torch.zeros(slots, dim))
-        self.register_buffer("values", torch.zeros(slots, dim))
-        self.register_buffer("strength", torch.zeros(slots))
-        self.register_buffer("written", torch.zeros(slots, dtype=torch.int64))
-        self.register_buffer("filled", torch.zeros(slots, dtype=torch.bool))
-        self.register_buffer("time", torch.zeros((), dtype=torch.int64))
-
-    def read(self, query: Float[Tensor, "B T d"], k: int, sharpness: float) -> Float[Tensor, "B T d"]:
-        """Return the softmax mixture of the k nearest filled slots; exactly zero where none is filled."""
-        score = (query @ self.keys.mT).masked_fill(~self.filled, -torch.inf)
-        best, index = score.sort(dim=-1, descending=True, stable=True)  # equal scores: the lower index, in every precision
-        best, index = best[..., :k], index[..., :k]
-        live = self.filled[index]
-        weight = torch.where(
-            live, torch.exp(sharpness * (best.masked_fill(~live, -1.0) - best[..., :1].masked_fill(~live[..., :1], 0.0))), 0.0
-        )
-        weight = weight / weight.sum(-1, keepdim=True).clamp(min=1e-12)
-        return torch.einsum("btk,btkd->btd", weight, self.values[index])
-
-    @torch.no_grad()
-    def write(self, key: Float[Tensor, "N d"], value: Float[Tensor, "N d"], surprise: Float[Tensor, " N"]) -> None:
-        """Merge each candidate into the slot that it resembles, or give it the slot of least strength * decay^age."""
-        self.time += 1
-        order = surprise.sort(descending=True, stable=True).indices
-        key, value, surprise = key[order], value[order], surprise[order]
-        best, slot = (key @ self.keys.mT).masked_fill(~self.filled, -torch.inf).max(-1)
-        near = best > self.merge
-        if bool(near.any()):
-            total = torch.zeros_like(self.values).index_add_(0, slot[near], value[near])
-            count = torch.zeros_like(self.strength).index_add_(0, slot[near], torch.ones_like(surprise[near]))
-            hit = count > 0
-            merged = self.keep * self.values + (1 - self.keep) * total / count.clamp(min=1)[:, None]
-            self.values.copy_(torch.where(hit[:, None], merged, self.values))
-            self.written.masked_fill_(hit, int(self.time))
-        fresh = ~near
-        copies = torch.tril((key @ key.mT > self.merge) & fresh[None], diagonal=-1).any(1)  # of a more surprising candidate
-        chosen = torch.nonzero(fresh & ~copies)[: len(self.keys), 0]
-        score = self.strength * self.age_decay ** (self.time - self.written)
-        place = (
-            score.masked_fill(~self.filled, -1.0).masked_fill(self.written == self.time, torch.inf).sort(stable=True).indices[: len(chosen)]
-        )
-        self.keys[place], self.values[place] = key[chosen], value[chosen]
-        self.strength[place] = torch.sigmoid(surprise[chosen])  # positive, and rising with surprise
-        self.written[place], self.filled[place] = self.time, True
-
-    @torch.no_grad()
-    def forget(self, mask: Bool[Tensor, " M"]) -> int:
-        """Empty the slots of a mask, nothing of them stays; return how many held something.
-
-        Raises:
-            Mistake: the mask is not one boolean per slot.
-        """
-        if mask.dtype != torch.bool or mask.shape != self.filled.shape:
-            raise Mistake(
-                "slot memory", f"expected {len(self.filled)} booleans, got {mask.dtype} {tuple(mask.shape)}", "True marks a slot to empty"
-            )
-        gone = int((mask & self.filled).sum())
-        for buffer in (self.keys, self.values, self.strength, self.written, self.filled):
-            buffer[mask] = 0
-        return gone
-
-    def clear(self) -> None:
-        """Empty all slots."""
-        self.forget(torch.ones_like(self.filled))
-
-    def save(self, path: str | Path) -> None:
-        """Write the slots as one safetensors file, whole or not at all."""
-        save_tree(path, {"kind": "trc2 slots", "slots": dict(self.state_dict())})
-
-    def load(self, path: str | Path) -> None:
-        """Take over what `save` wrote.
-
-        Raises:
-            Mistake: the file holds no slots, or slots of another number or width.
-        """
-        tree = load_tree(path)
-        if not isinstance(tree, dict) or tree.get("kind") != "trc2 slots":
-            raise Mistake(path, "holds no slots", "name a file that SlotMemory.save wrote")
-        found = tree["slots"]["keys"].shape
-        if found != self.keys.shape:
-            raise Mistake(path, f"holds slots {tuple(found)}, this memory {tuple(self.keys.shape)}", "load it into a model of its settings")
-        self.load_state_dict(tree["slots"])
+    h: Float[Tensor, "B T d"]
+    value: Float[Tensor, "B T"]
+    ahead: Float[Tensor, "B T"]
+    surprise: Float[Tensor, "B T"]
+    known: Bool[Tensor, "B T"]
+    trail: Trail | None
 
 
 class Stash(NamedTuple):
-    """What one forward pass would write: the chosen positions, and all surprises for the threshold."""
+    """What one forward pass would write: the chosen positions with the tokens that end there, and all surprises for the threshold."""
 
     key: Float[Tensor, "N d"]
     value: Float[Tensor, "N d"]
     surprise: Float[Tensor, " N"]
     all: Float[Tensor, " A"]
+    span: Spans | None
 
 
 class Hippocampus(nn.Module):
@@ -223,15 +133,45 @@ class Hippocampus(nn.Module):
         return torch.sigmoid(self.openness) * self.out(gate * read)
 
     @torch.no_grad()
-    def stash(self, h: Float[Tensor, "B T d"], surprise: Float[Tensor, "B T"], known: Bool[Tensor, "B T"]) -> None:
+    def entry(self, h: Float[Tensor, "N d"]) -> tuple[Float[Tensor, "N d"], Float[Tensor, "N d"]]:
+        """Return key and value of positions."""
+        return F.normalize(self.to_key(h), dim=-1), self.to_value(h)
+
+    @torch.no_grad()
+    def stash(
+        self, h: Float[Tensor, "B T d"], surprise: Float[Tensor, "B T"], known: Bool[Tensor, "B T"], trail: Trail | None = None
+    ) -> None:
         """Note the positions of highest s_t of each sequence; s_t stands at t + 1."""
         if h.shape[1] < 2:
             return
         own, valid = surprise[:, 1:], known[:, 1:]  # s_t at t = 0..T-2
         best, place = own.masked_fill(~valid, -torch.inf).topk(min(self.write_m, own.shape[1]), dim=1)
         row, column = best.isfinite().nonzero(as_tuple=True)
-        chosen = h[row, place[row, column]]
-        self.waiting.append(Stash(F.normalize(self.to_key(chosen), dim=-1), self.to_value(chosen), best[row, column], own[valid]))
+        chosen = place[row, column]
+        span = trail.ending_at(row, chosen) if trail is not None else None
+        self.waiting.append(Stash(*self.entry(h[row, chosen]), best[row, column], own[valid], span))
+
+    @torch.no_grad()
+    def refresh(self, encode: Callable[[Int[Tensor, "n s"]], Float[Tensor, "n s d"]], batch: int) -> int:
+        """Give each slot of a known span the key and value of what its span encodes to, all at the end; return their number.
+
+        Raises:
+            Mistake: writes wait, whose keys are of the weights before; or the slots keep no spans.
+        """
+        memory, slots = self.memory, self.memory.with_span()
+        if self.waiting:
+            raise Mistake("hippocampus", "slots cannot be encoded anew while writes wait", "call after_step() first")
+        found = []
+        for part in slots.split(batch) if len(slots) else ():
+            length = memory.span_length[part]
+            h = encode(
+                memory.span_ids[part, : int(length.max())]
+            )  # what fills a row up stands behind its span, where no causal model looks
+            found.append(self.entry(h[torch.arange(len(part), device=h.device), length - 1]))
+        if found:
+            keys, values = (torch.cat(parts).to(memory.keys.dtype) for parts in zip(*found, strict=True))
+            memory.keys[slots], memory.values[slots] = keys, values
+        return len(slots)
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -247,10 +187,11 @@ class Hippocampus(nn.Module):
                 "hippocampus", "each process would write other slots", "train with the hippocampus in one process, or switch it off"
             )
         kind = self.memory.keys.dtype  # autocast may have stashed in a lower one
-        key, value, surprise, every = (torch.cat(parts).to(kind) for parts in zip(*self.waiting, strict=True))
+        *parts, spans = zip(*self.waiting, strict=True)
+        key, value, surprise, every = (torch.cat(part).to(kind) for part in parts)
         self.waiting.clear()
         if len(key):
-            self.memory.write(key, value, surprise)
+            self.memory.write(key, value, surprise, Spans.joined(spans))
             wide = every.to(torch.promote_types(every.dtype, torch.float32))  # there are no quantiles in half precision
             self.threshold.lerp_(wide.quantile(self.quantile).to(kind), 0.1)
             self.spread.lerp_(every.std(correction=0).clamp(min=1e-6), 0.1)

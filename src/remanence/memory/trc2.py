@@ -15,7 +15,7 @@ after the project page (trc2lm.github.io); version 1 describes another one, whos
 | E, top-k | `num_experts`, `experts_per_token` | 8, 2 |
 | l_inj | `inject_layer`, counted from 0, the column behind which memory is read | L//2 - 1 (that is L//2 counted from 1) |
 | r, groups of TRN | `rank`, `trn_groups` | d/8, r/8 |
-| N_slots, k, m | `slots`, `read_k`, `write_m` | 512, 8, 4 |
+| N_slots, k, m; tokens kept with a slot | `slots`, `read_k`, `write_m`; `slot_span` | 512, 8, 4; 0 |
 
 `thalamus` and `hippocampus` switch the loops; with both off this is the plain mixture-of-experts decoder. Replay is a learner's matter (`learn/replay_controller`),
 which runs old rows inside `bypass()`.
@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Int
@@ -40,11 +40,18 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from remanence.errors import Mistake
-from remanence.memory.hippocampus import Hippocampus, SlotMemory, td_loss
+from remanence.memory.hippocampus import Hippocampus, Seen, td_loss
+from remanence.memory.slots import SlotMemory
+from remanence.memory.spans import Trail
 from remanence.memory.thalamus import Silent, Thalamus
 from remanence.memory.trc2_config import TRC2Cache, TRC2Config
-from remanence.memory.trc2_parts import Column, Experts, angles
+from remanence.memory.trc2_parts import Column, Experts, angles, borders, masks
+from remanence.models.forward import evaluating
 from remanence.training.batches import IGNORED
+
+if TYPE_CHECKING:
+    from remanence.stream import Request
+    from remanence.training.trainer import Trainer
 
 
 class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
@@ -53,6 +60,7 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = TRC2Config
     base_model_prefix = "trc2"
     _tied_weights_keys = {"lm_head.weight": "embed_tokens.weight"}  # noqa: RUF012
+    _keys_to_ignore_on_load_missing = [r"memory\.span_"]  # noqa: RUF012  a folder saved without spans: they are unknown
     _no_split_modules = ["Column"]  # noqa: RUF012
     supports_gradient_checkpointing = False
 
@@ -67,7 +75,7 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
         self.thalami = nn.ModuleList(Thalamus(dim, rank, config.groups, config.focal_width, config.diffuse_decay) for _ in range(paths))
         self.hippocampus: Hippocampus | None = None
         if config.hippocampus:
-            slots = SlotMemory(config.slots, dim, config.merge_cosine, config.merge_keep, config.age_decay)
+            slots = SlotMemory(config.slots, dim, config.merge_cosine, config.merge_keep, config.age_decay, config.slot_span)
             self.hippocampus = Hippocampus(
                 dim, rank, slots, config.read_k, config.sharpness, config.write_m, config.discount, config.slow_rate, config.event_quantile
             )
@@ -103,6 +111,9 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
             for random in (module.to_key, module.to_value):
                 nn.init.normal_(random.weight, std=random.in_features**-0.5)
             module.query.weight.copy_(module.to_key.weight)
+        elif isinstance(module, SlotMemory) and module.span:
+            nn.init.zeros_(module.span_ids)
+            nn.init.zeros_(module.span_length)
         elif isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.0 if isinstance(module, Silent) else std)
             if isinstance(module, nn.Linear) and module.bias is not None:
@@ -133,14 +144,14 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
             cache = TRC2Cache()
         self._reading = True
         try:
-            h, hidden, balance = self._columns(input_ids, attention_mask, position_ids, cache)
+            h, seen, balance = self._columns(input_ids, attention_mask, position_ids, cache)
         finally:
             self._reading = False
         logits = self.lm_head(self.norm(h))
         if self.training and torch.is_grad_enabled():
             self._own.append(self.config.balance_weight * balance)
-        if hidden is not None and learns:
-            self._judge(logits, input_ids, hidden)
+        if seen is not None and learns:
+            self._judge(logits, input_ids, seen)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORED)
@@ -149,63 +160,47 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, cache=cache)
 
     def _columns(
-        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: TRC2Cache | None
-    ) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor]:
-        """Return the last stream, what the critics saw at the injection, and the mean load balance."""
+        self, input_ids: Tensor, attention_mask: Tensor | None, positions: Tensor | None, cache: TRC2Cache | None, encoding: bool = False
+    ) -> tuple[Tensor, Seen | None, Tensor]:
+        """Return the last stream, what the critics saw at the injection, and the mean load balance; `encoding` ends with the stream at the injection."""
         batch, length = input_ids.shape
         past = cache.get_seq_length() if cache is not None else 0
-        loops = not self._bypassed
+        loops = encoding or not self._bypassed
         side_states = cache.side if cache is not None else {}
-        real, mask, placed = self._masks(input_ids, attention_mask, past)
+        real, mask, placed = masks(input_ids, attention_mask, past)
         positions = placed if positions is None else positions.expand(batch, length)
-        first = torch.zeros_like(real)
-        if self.config.reset_token_id is not None:
-            ends = input_ids == self.config.reset_token_id
-            before = side_states.get("document", {"ended": torch.zeros_like(ends[:, 0])})["ended"]
-            first = torch.cat([before[:, None], ends[:, :-1]], dim=1)
-            side_states["document"] = {"ended": ends[:, -1]}
+        first, side_states["document"] = borders(input_ids, self.config.reset_token_id, side_states.get("document"))
+        trail = None
+        if self.config.slot_span and self.hippocampus is not None and not encoding:
+            trail = Trail.follow(input_ids, real, first, self.config.slot_span, side_states.get("trail"))
+            if cache is not None:
+                side_states["trail"] = trail.state()
         turn = angles(positions, self.config.hidden_size // self.config.num_attention_heads, self.config.rope_theta, self.dtype)
-        h, side, hip, hidden = self.drop(self.embed_tokens(input_ids)), None, None, None
+        h, side, hip, seen = self.drop(self.embed_tokens(input_ids)), None, None, None
         surprise, balances = torch.zeros_like(real, dtype=h.dtype), []
         for layer, column in enumerate(cast(list[Column], self.layers)):
             h, balance = column(h, turn, mask, side, cache)
             balances.append(balance)
+            if encoding and layer == self.config.inject:
+                break
             if not loops or layer == len(self.layers) - 1:
                 continue
             if self.hippocampus is not None and layer == self.config.inject:
                 value, ahead, surprise, known, state = self.hippocampus.judge(h, real, side_states.get("critics"))
                 side_states["critics"] = state
-                hidden = (h, value, ahead, surprise, known)
+                seen = Seen(h, value, ahead, surprise, known, trail)
                 hip = self.hippocampus(h, surprise, known)
             z = None
             if column.deep is not None:
                 name = f"thalamus {layer}"
                 z, side_states[name] = self.thalami[layer](column.deep(h), surprise, real, first, side_states.get(name))
             side = z if hip is None else hip if z is None else z + hip  # the one sum node
-        return h, hidden, torch.stack(balances).mean()
+        return h, seen, torch.stack(balances).mean()
 
-    @staticmethod
-    def _masks(input_ids: Tensor, attention_mask: Tensor | None, past: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Return which tokens are real, the mask of attention (None: plain causal), and the positions."""
-        batch, length = input_ids.shape
-        device = input_ids.device
-        if attention_mask is None or (attention_mask.dim() == 2 and bool(attention_mask.all())):
-            keys = torch.ones(batch, past + length, dtype=torch.bool, device=device)
-            plain = past == 0
-        else:
-            keys, plain = attention_mask.bool(), False
-        positions = (keys.long().cumsum(1) - 1).clamp(min=0)[:, past:]
-        if plain:
-            return keys, None, positions
-        own = torch.arange(past, past + length, device=device)[:, None]
-        place = torch.arange(past + length, device=device)[None]
-        mask = (place <= own) & keys[:, None] | (place == own)  # padding looks at itself, so that nothing is NaN
-        return keys[:, past:], mask[:, None], positions
-
-    def _judge(self, logits: Tensor, input_ids: Tensor, hidden: tuple[Tensor, ...]) -> None:
+    def _judge(self, logits: Tensor, input_ids: Tensor, noted: Seen) -> None:
         """Train the critics on what was observed, and stash what surprised."""
         assert self.hippocampus is not None
-        h, value, ahead, surprise, known = hidden
+        h, value, ahead, surprise, known, trail = noted
         with torch.no_grad():
             seen = logits[:, :-1].flatten(0, 1).float() if logits.dtype != torch.float64 else logits[:, :-1].flatten(0, 1)
             reward = F.cross_entropy(seen, input_ids[:, 1:].flatten(), reduction="none").view(len(h), -1)
@@ -214,7 +209,7 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
             if logits.requires_grad:
                 self._pending += 1
                 logits.register_hook(self._arrived)
-        self.hippocampus.stash(h, surprise, known)
+        self.hippocampus.stash(h, surprise, known, trail)
 
     def _arrived(self, gradient: Tensor) -> None:
         del gradient
@@ -236,14 +231,49 @@ class TRC2ForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             Mistake: inside a forward pass, or before its backward pass.
         """
-        if self._reading:
-            raise Mistake(
-                "trc2.flush", "was called inside a forward pass, which would read its own writes", "call it behind the optimizer's step"
-            )
-        if self._pending:
-            raise Mistake("trc2.flush", "was called before the backward pass", "call it behind the optimizer's step")
+        self._between_steps("trc2.flush")
         if self.hippocampus is not None:
             self.hippocampus.flush()
+
+    def _between_steps(self, place: str) -> None:
+        if self._reading:
+            raise Mistake(place, "was called inside a forward pass, which would read its own writes", "call it behind the optimizer's step")
+        if self._pending:
+            raise Mistake(place, "was called before the backward pass", "call it behind the optimizer's step")
+
+    def refresh_slots(self, batch: int = 64) -> int:
+        """Encode each slot anew from the tokens kept with it (`slot_span`), by the weights of now; return how many slots that were.
+
+        Key and value become what a forward pass over the span alone would stash: the text before the span, dropout, and what merges added to the value are not
+        in them, so that a slot is then a function of its span and the weights. Slots of no known span stay as they are, and so does all else.
+
+        Args:
+            batch: spans that are encoded at a time.
+
+        Raises:
+            Mistake: the slots keep no spans; inside a training step; or writes wait for the step's end.
+        """
+        self._between_steps("trc2.refresh_slots")
+        self.memory.with_span()
+        assert self.hippocampus is not None
+        self._reading = True
+        try:
+            with evaluating(self):
+                return self.hippocampus.refresh(lambda ids: self._columns(ids, None, None, None, encoding=True)[0], batch)
+        finally:
+            self._reading = False
+
+    def after_task(self) -> int:
+        """Do what waits for the end of a task: encode the slots anew if they keep their spans; return how many were."""
+        return self.refresh_slots() if self.hippocampus is not None and self.memory.span else 0
+
+    def erase(self, request: Request, trainer: Trainer) -> int:
+        """Empty the slots whose spans a request asks to forget, all being encoded anew first: what merges brought into a value has no span. Return their number."""
+        if self.hippocampus is None or not self.memory.span:
+            return 0
+        self.hippocampus.waiting.clear()  # what no step has written may come from the forgotten rows
+        self.refresh_slots()
+        return self.memory.forget(self.memory.spans_of(request, trainer))
 
     @contextlib.contextmanager
     def bypass(self) -> Iterator[None]:

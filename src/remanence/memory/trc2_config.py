@@ -47,6 +47,7 @@ class TRC2Config(PreTrainedConfig):
         event_quantile: share of the surprises below which nothing is an event.
         critic_weight: of the critics' loss.
         balance_weight: of the experts' load balance.
+        slot_span: s, tokens kept with each slot, the written one last, from which it is encoded anew when the weights have moved; 0: none.
         online: write in evaluation too.
         reset_token_id: ends a document: the diffuse path starts anew behind it.
     """
@@ -88,6 +89,7 @@ class TRC2Config(PreTrainedConfig):
     event_quantile: float = 0.8
     critic_weight: float = 0.1
     balance_weight: float = 0.01
+    slot_span: int = 0
     online: bool = False
     reset_token_id: int | None = None
 
@@ -116,6 +118,8 @@ class TRC2Config(PreTrainedConfig):
             raise Mistake("trc2.rank", f"{self.side_rank} channels do not make {self.groups} equal groups", "give a multiple of trn_groups")
         if not 1 <= self.read_k <= self.slots:
             raise Mistake("trc2.read_k", f"is {self.read_k} of {self.slots} slots", "read between 1 and all of them")
+        if self.slot_span < 0:
+            raise Mistake("trc2.slot_span", f"is {self.slot_span}", "give 0 (slots keep no tokens) or more")
         if not 1 <= self.experts_per_token <= self.num_experts:
             raise Mistake(
                 "trc2.experts_per_token", f"is {self.experts_per_token} of {self.num_experts}", "choose between 1 and all of them"

@@ -109,6 +109,37 @@ class Column(nn.Module):
         return h + self.drop(mixed), balance
 
 
+def masks(
+    input_ids: Int[Tensor, "B T"], attention_mask: Tensor | None, past: int
+) -> tuple[Bool[Tensor, "B T"], Bool[Tensor, "B 1 T S"] | None, Int[Tensor, "B T"]]:
+    """Return which tokens are real, the mask of attention (None: plain causal), and the positions."""
+    batch, length = input_ids.shape
+    device = input_ids.device
+    if attention_mask is None or (attention_mask.dim() == 2 and bool(attention_mask.all())):
+        keys = torch.ones(batch, past + length, dtype=torch.bool, device=device)
+        plain = past == 0
+    else:
+        keys, plain = attention_mask.bool(), False
+    positions = (keys.long().cumsum(1) - 1).clamp(min=0)[:, past:]
+    if plain:
+        return keys, None, positions
+    own = torch.arange(past, past + length, device=device)[:, None]
+    place = torch.arange(past + length, device=device)[None]
+    mask = (place <= own) & keys[:, None] | (place == own)  # padding looks at itself, so that nothing is NaN
+    return keys[:, past:], mask[:, None], positions
+
+
+def borders(
+    input_ids: Int[Tensor, "B T"], reset: int | None, state: dict[str, Tensor] | None
+) -> tuple[Bool[Tensor, "B T"], dict[str, Tensor]]:
+    """Return which tokens are the first behind a reset token, and whether the call's last token is one (for the cache's next call)."""
+    if reset is None:
+        return torch.zeros_like(input_ids, dtype=torch.bool), {}
+    ends = input_ids == reset
+    before = state["ended"] if state is not None else torch.zeros_like(ends[:, 0])
+    return torch.cat([before[:, None], ends[:, :-1]], dim=1), {"ended": ends[:, -1]}
+
+
 def angles(
     positions: Int[Tensor, "B T"], size: int, base: float, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "B 1 T h"], Float[Tensor, "B 1 T h"]]:

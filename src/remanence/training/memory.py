@@ -506,5 +506,7 @@ def shares_window(rows: Int[Tensor, "M T"], texts: list[list[int]], size: int) -
 def window_hashes(rows: Int[Tensor, "M T"], width: int) -> Int[Tensor, "M W"]:
     """Return a 64-bit hash of every window of `width` tokens (a wrapping dot product with odd random numbers)."""
     keys = torch.randint(-(2**62), 2**62, (width,), generator=generator("window")) * 2 + 1
-    parts = [rows[:, start : rows.shape[1] - width + start + 1] * key for start, key in enumerate(keys)]
-    return torch.stack(parts).sum(dim=0)
+    total = torch.zeros(len(rows), rows.shape[1] - width + 1, dtype=torch.int64)
+    for start, key in enumerate(keys):
+        total += rows[:, start : rows.shape[1] - width + start + 1] * key
+    return total

@@ -47,6 +47,21 @@ def replaying(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@runtime_checkable
+class Closing(Protocol):
+    """A model with something to do behind a task (a memory whose entries are encoded anew)."""
+
+    def after_task(self) -> int:
+        """Do it; return how many entries changed."""
+        ...
+
+
+def task_ended(model: nn.Module, device: torch.device) -> int:
+    """Let a model do on a device what it does behind a task; any other model does nothing."""
+    core = unwrapped(model)
+    return core.to(device).after_task() if isinstance(core, Closing) and isinstance(core, nn.Module) else 0
+
+
 class ReplayStore:
     """Rows of the past: the newest ones (a ring), and a uniform sample of all (a reservoir).
 
