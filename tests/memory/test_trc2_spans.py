@@ -14,12 +14,14 @@ from toy_trc2 import LONG, filled, lines, made, moved, span_of, tokens, trained_
 
 from remanence.errors import Mistake
 from remanence.learn.replay_controller import ControlledReplay
+from remanence.learn.sequential import Sequential
 from remanence.life import Deed, Life
 from remanence.memory.hippocampus import SlotMemory
 from remanence.memory.spans import Spans, Trail
 from remanence.memory.trc2 import TRC2Cache, TRC2ForCausalLM
 from remanence.models.load import load_model, save_model
 from remanence.stream import Request, Task
+from remanence.training.batches import IGNORED, Batch
 from remanence.training.trainer import Settings
 from toy import toy_tokenizer
 
@@ -277,3 +279,26 @@ def test_a_life_empties_the_slots_of_a_request() -> None:
     assert plain.ledger is not None
     (note,) = [row for row in plain.ledger.rows("notes") if row["name"] == "erased from memories"]
     assert json.loads(note["content"]).keys() == {"ControlledReplay"}
+
+
+def test_padding_is_no_event() -> None:
+    """Rows of unequal length: what stands behind a row's end is written into no slot, even where every token is."""
+    model, helper = made(alive=False, slot_span=4, vocab_size=99, slots=64, write_m=40, merge_cosine=2.0), trainer(steps=1)
+    rows = Dataset.from_dict({"question": ["abc", "is it"], "answer": ["d", "no"]})
+    Sequential().learn(model, Task("animals", rows, kind="qa"), helper)
+    pad = helper.processor.pad_token_id
+    ends = model.memory.span_ids[model.memory.filled].gather(1, model.memory.span_length[model.memory.filled, None] - 1)
+    assert len(ends) > 0
+    assert not (ends == pad).any()
+
+
+def test_a_batch_gets_masks_for_the_rows_that_lack_one() -> None:
+    labels = torch.tensor([[IGNORED, 5, 6, IGNORED], [IGNORED, 7, 8, 9]])
+    flat = Batch({"input_ids": torch.ones(2, 4, dtype=torch.int64), "labels": labels})
+    flat._tokens = 11.0
+    named = Batch({"new": flat, "old": Batch({"labels": labels[:1], "attention_mask": torch.ones(1, 4, dtype=torch.int64)})})
+    masked = named.masked()
+    assert masked["new"]["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert masked["old"]["attention_mask"].tolist() == [[1, 1, 1, 1]]
+    assert masked["new"].tokens == 11.0
+    assert "attention_mask" not in flat

@@ -65,6 +65,17 @@ class Batch(dict):
         for value in named:
             yield from value.parts()
 
+    def masked(self) -> Batch:
+        """Return the batch with an `attention_mask` wherever token rows lack one: 1 up to a row's last label, behind which nothing is learned."""
+        made = Batch({key: value.masked() if isinstance(value, Batch) else value for key, value in self.items()})
+        labels = self.get("labels")
+        if "attention_mask" not in self and labels is not None and labels.dim() == 2:
+            place = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+            last = torch.where(labels != IGNORED, place, 0).amax(dim=1, keepdim=True)
+            made["attention_mask"] = (place <= last).long()
+        made._rows, made._tokens = self._rows, self._tokens
+        return made
+
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device, denominators kept."""
         if device.type == "cpu":

@@ -462,12 +462,7 @@ def groups(batch: Mapping[str, Tensor], task: int) -> Int[Tensor, "B"]:
 
 def with_mask(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the batch with an `attention_mask` if it holds token rows without one: 1 up to a row's last label, behind which nothing is learned."""
-    labels = batch.get("labels")
-    if "attention_mask" in batch or labels is None or labels.ndim != 2:
-        return dict(batch)
-    place = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    last = torch.where(labels != IGNORED, place, 0).amax(dim=1, keepdim=True)
-    return {**batch, "attention_mask": (place <= last).long()}
+    return dict(Batch(batch).masked())
 
 
 def rows_equal(kept: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> Bool[Tensor, "M"]:

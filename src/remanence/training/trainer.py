@@ -518,7 +518,10 @@ class Trainer:
                 for part, batch in enumerate(micro):
                     seed_noise(noise + (number * parts + part) * world + place, device)  # dropout is a function of the micro-batch's number
                     with self._autocast():
-                        value = loss(model, batch.to(device))
+                        here = batch.to(device)
+                        value = loss(
+                            model, here if tending is None else here.masked()
+                        )  # what reads to remember must not take padding for text
                         if tending is not None and (own := tending.own_loss()) is not None:
                             value = value + own
                         if parts > 1:
