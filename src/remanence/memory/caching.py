@@ -24,7 +24,7 @@ one; q and k have length one; an RMS norm per head precedes the output projectio
 just read is the online one. Logarithmic segments depend on the length of the whole sequence, so they are for one call, not for streaming.
 A soup is exact at every token (no granularity): its layers are mixed one by one, at the cost of reading all caches.
 Cost with a read of p operations and N = T / C caches: O(T (p + N p)), SSC O(T (p + k p + N D)); memory N |theta|, which grows with the text unless
-`max_segments` bounds it. The only sequential loop is over segments; segments of their own are written side by side.
+`max_segments` bounds it, or rests on disk with `offload` (see `archive`); then SSC holds k caches at a time, and the pools. The only sequential loop is over segments; segments of their own are written side by side.
 """
 
 from __future__ import annotations
