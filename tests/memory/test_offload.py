@@ -322,3 +322,49 @@ def test_a_state_in_another_precision_comes_into_memory_and_goes_back(tmp_path):
     assert after.gathered().tensors["cache.M"].dtype == torch.float64
     assert torch.equal(y, y_wanted)
     assert same(after, last)
+
+
+def test_a_state_is_saved_and_taken_up_piece_by_piece(tmp_path, monkeypatch):
+    layer, x = make("titans", rule="ssc", offload=tmp_path / "caches"), text(301)
+    plain, read, once = Archive._read, [], 2 * HEADS * 3 * 6 * 8  # one cache of W0, of both rows
+
+    def counted(self: Archive, name: str, rows: np.ndarray) -> np.ndarray:
+        read.append(len(rows) * self.forms[name].bytes)
+        return plain(self, name, rows)
+
+    _, state = layer(x)
+    wanted = state.gathered()
+    wanted.save(tmp_path / "memory.safetensors")
+    state = layer.forget(state, [7])
+    monkeypatch.setattr(Archive, "_read", counted)
+    monkeypatch.setattr("remanence.memory.archive.PIECE", 3 * once)
+    monkeypatch.setattr(shelved, "PIECE", 3 * once)
+    with Largest() as largest:
+        state.save(tmp_path / "disk.safetensors")
+    rest = max(tensor.nbytes for tensor in state.tensors.values())
+    assert sum(read) == 59 * 2 * once
+    assert max(read) == 3 * once
+    assert largest.bytes <= max(3 * once, rest)
+    loaded = MemoryState.load(tmp_path / "disk.safetensors")
+    assert same(loaded, layer.forget(wanted, [7]))
+    assert same(loaded, state)
+    read.clear()
+    written: list[int] = []
+    write = Archive._write
+    monkeypatch.setattr(Archive, "_write", lambda self, name, places, data: (written.append(data.nbytes), write(self, name, places, data)))
+    _, after = layer(x[:, :1], loaded)
+    assert sum(written) == 59 * 2 * once  # all that was loaded
+    assert max(written) == 3 * once
+    assert same(after, layer(x[:, :1], state)[1])
+
+
+def test_memories_of_width_one_are_written_too(tmp_path):
+    settings = {"heads": 1, "segment": 2}
+    for base in ("linear", "titans"):
+        plain, disk = (MemoryCache(1, base, offload=offload, **settings) for offload in (None, tmp_path))
+        disk.load_state_dict(plain.state_dict())
+        x = torch.randn(1, 9, 1)
+        (wanted, last), (found, held) = pieces(plain, x, [3, 4, 9]), pieces(disk, x, [3, 4, 9])
+        assert torch.equal(found, wanted)
+        held.save(tmp_path / "state")
+        assert same(MemoryState.load(tmp_path / "state"), last)

@@ -29,6 +29,7 @@ from torch import Tensor
 from remanence.errors import Mistake
 from remanence.memory.archive_folder import new_folder, remove
 from remanence.memory.recurrence import State
+from remanence.storage import raw
 
 PIECE = 1 << 26  # bytes that are in memory at a time, where a cache is not larger
 Places = np.ndarray  # of int64
@@ -98,10 +99,13 @@ class Archive:
             try:
                 for name, form in self.forms.items():
                     at = 0
-                    for part, size in zip(parts, sizes, strict=True):
-                        data = part[name].detach().movedim(2, 0).to("cpu", form.dtype).contiguous()  # (S, B, H, ...)
-                        self._write(name, taken[at : at + rows * size], data.view(-1).view(torch.uint8).view(rows * size, -1).numpy())
-                        at += rows * size
+                    for piece in (
+                        piece for part in parts for piece in part[name].split(max(PIECE // (rows * form.heads * form.bytes), 1), 2)
+                    ):
+                        data = piece.detach().movedim(2, 0).to("cpu", form.dtype).contiguous()  # (S, B, H, ...)
+                        here = taken[at : at + rows * len(data)]
+                        self._write(name, here, raw(data).reshape(len(here), -1))
+                        at += len(here)
             except OSError as error:
                 self._untake(taken, before)
                 raise Mistake(
@@ -135,8 +139,8 @@ class Archive:
                 raise Mistake("cache.forget", f"the file cannot be written ({error.strerror or error})", remedy) from error
             return self._hold(after)
 
-    def read(self, places: Int[Tensor, "N"], heads: Int[Tensor, "N"], device: torch.device) -> State:
-        """Return single heads' weights, (N, ...); the place -1 reads as zeros.
+    def read(self, places: Int[Tensor, "N"], heads: Int[Tensor, "N"], device: torch.device, only: str | None = None) -> State:
+        """Return single heads' weights, (N, ...), all or only one of them; the place -1 reads as zeros.
 
         Raises:
             Mistake: the files are gone.
@@ -145,7 +149,7 @@ class Archive:
         found: State = {}
         with self._mine():
             wiped = [row for row, one in enumerate(place) if int(one) in self._forgotten] if self._forgotten else []
-            for name, form in self.forms.items():
+            for name, form in self.forms.items() if only is None else [(only, self.forms[only])]:
                 data = self._read(name, np.maximum(place, 0) * form.heads + head)
                 data[place < 0] = 0
                 for row in wiped:

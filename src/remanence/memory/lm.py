@@ -190,7 +190,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         if state is not None:
             state.check(self.config, len(ids))
             copies = max(generation.get("num_beams") or 1, generation.get("num_return_sequences") or 1)
-            state = state.rows(torch.arange(len(ids)).repeat_interleave(copies))
+            if copies > 1:
+                state = state.rows(torch.arange(len(ids)).repeat_interleave(copies))
         if processor is not None:
             generation.setdefault("pad_token_id", processor.pad_token_id)
         out = self.generate(ids, attention_mask=torch.ones_like(ids), cache=LMCache(state), **generation)

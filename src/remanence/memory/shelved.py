@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from remanence.memory.archive import PIECE, Archive
 from remanence.memory.recurrence import State
+from remanence.storage import Streamed
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,19 @@ class Shelved:
         head = torch.arange(self.archive.heads)[:, None].expand_as(place)
         found = self.archive.read(place.reshape(-1), head.reshape(-1), device)
         return {name: weight.view(*place.shape, *weight.shape[1:]) for name, weight in found.items()}
+
+    def streamed(self, name: str) -> Streamed:
+        """Return one weight of all caches, (B, H, S, ...), as something to be saved piece by piece."""
+        form = self.archive.forms[name]
+        shape = (len(self.place), form.heads, self.caches)
+        step = max(PIECE // form.bytes, 1)
+
+        def read() -> Iterator[Tensor]:
+            for pairs in torch.arange(math.prod(shape)).split(step):
+                row, head, cache = torch.unravel_index(pairs, shape)
+                yield self.archive.read(self.place.cpu()[row, cache], head, torch.device("cpu"), name)[name]
+
+        return Streamed(form.dtype, (*shape, *form.shape), read)
 
 
 def whole(weights: Kept | Shelved, device: torch.device) -> State:

@@ -104,8 +104,12 @@ class MemoryState:
             raise Mistake("state", f"holds {self.batch} sequences, the input {batch}", "carry one state per row of the batch")
 
     def tree(self) -> dict[str, Any]:
-        """Return the state as plain nested values (see `storage.save_tree`)."""
-        return {"kind": self.kind, "seen": self.seen, "config": dict(self.config), "tensors": dict(self.gathered().tensors)}
+        """Return the state as nested values to be saved (see `storage.save_tree`): what is on disk as something to be read piece by piece."""
+        tensors: dict[str, Any] = dict(self.tensors)
+        if self.hold is not None:
+            weights = Shelved(self.hold.archive, tensors.pop("cache.place"))
+            tensors |= {f"cache.{name}": weights.streamed(name) for name in self.hold.archive.forms}
+        return {"kind": self.kind, "seen": self.seen, "config": dict(self.config), "tensors": tensors}
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> MemoryState:
