@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +104,8 @@ def test_a_state_is_a_value_and_its_branches_see_nothing_of_each_other(tmp_path)
     _, wanted = plain(x[:, :12])
     copied, twin = trunk.clone(), copy.deepcopy(trunk)
     size = sum(path.stat().st_size for path in files(tmp_path))
+    with pytest.raises(Mistake, match="write it with its `save`"):
+        pickle.dumps(trunk)
     branches, expected = [], []
     for part in (left, right):
         branches.append(disk(part, trunk))

@@ -13,6 +13,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -21,6 +22,7 @@ from memory.test_caching import make, text
 from memory.test_offload import files, same
 from remanence.errors import Mistake
 from remanence.memory import architectures
+from remanence.memory.archive import Archive
 from remanence.memory.lm import MemoryCachingForCausalLM
 from remanence.memory.lm_config import MemoryCachingConfig
 from remanence.memory.lm_state import LMState
@@ -144,6 +146,24 @@ def test_a_full_disk_is_one_sentence_and_leaves_everything_as_it_was(tmp_path):
     assert after.keys() == before.keys()
     assert all(after[path][: len(data)] == data and not any(after[path][len(data) :]) for path, data in before.items())
     assert same(layer(x[:, 12:], state)[1], plain(x[:, 12:], wanted)[1])
+
+
+def test_a_call_that_is_broken_off_takes_no_place(tmp_path, monkeypatch):
+    layer, x = make("titans", offload=tmp_path), text(60)
+    _, state = layer(x[:, :12])
+    size, write, calls = [path.stat().st_size for path in files(tmp_path)], Archive._write, []
+
+    def broken(self: Archive, name: str, places: np.ndarray, data: np.ndarray) -> None:
+        calls.append(name)
+        if name == "W1" and calls.count("W1") == 1:
+            raise KeyboardInterrupt
+        write(self, name, places, data)
+
+    monkeypatch.setattr(Archive, "_write", broken)
+    with pytest.raises(KeyboardInterrupt):
+        layer(x[:, 12:], state)
+    assert [path.stat().st_size for path in files(tmp_path)] == size
+    assert same(layer(x[:, 12:], state)[1], make("titans")(x[:, 12:], state)[1])
 
 
 def test_a_first_cache_that_has_no_room_leaves_nothing(tmp_path):

@@ -98,21 +98,18 @@ class Archive:
             taken = self._take(rows * sum(sizes))
             try:
                 for name, form in self.forms.items():
-                    at = 0
-                    for piece in (
-                        piece for part in parts for piece in part[name].split(max(PIECE // (rows * form.heads * form.bytes), 1), 2)
-                    ):
+                    at, step = 0, max(PIECE // (rows * form.heads * form.bytes), 1)
+                    for piece in (piece for part in parts for piece in part[name].split(step, 2)):
                         data = piece.detach().movedim(2, 0).to("cpu", form.dtype).contiguous()  # (S, B, H, ...)
                         here = taken[at : at + rows * len(data)]
                         self._write(name, here, raw(data).reshape(len(here), -1))
                         at += len(here)
-            except OSError as error:
+            except BaseException as error:
                 self._untake(taken, before)
-                raise Mistake(
-                    self.folder,
-                    f"caches cannot be written ({error.strerror or error})",
-                    "free the disk, or name another folder in `offload`",
-                ) from error
+                if not isinstance(error, OSError):
+                    raise
+                remedy = "free the disk, or name another folder in `offload`"
+                raise Mistake(self.folder, f"caches cannot be written ({error.strerror or error})", remedy) from error
             places = torch.cat([beside.cpu(), torch.from_numpy(taken).view(sum(sizes), rows).T], 1)
             return places, self._hold(places)
 
@@ -257,6 +254,9 @@ class Hold:
 
     def __deepcopy__(self, memo: object) -> Hold:
         return self  # nothing in it changes
+
+    def __reduce__(self) -> str:
+        raise Mistake("state", "has caches on disk, which a pickle does not take along", "write it with its `save`")
 
 
 def _listed(places: Int[Tensor, "B S"]) -> Places:

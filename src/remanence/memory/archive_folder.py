@@ -8,7 +8,6 @@ killed, and the next one that begins here removes what it left.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import tempfile
@@ -31,6 +30,8 @@ class Home:
     """
 
     def __init__(self, parent: Path):
+        import fcntl
+
         parent.mkdir(parents=True, exist_ok=True)
         _sweep(parent)
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))  # for its owner's eyes alone (0700)
@@ -76,6 +77,8 @@ def _leave(path: Path, owner: int) -> None:
 
 def _sweep(parent: Path) -> None:
     """Remove the folders of processes that are no more."""
+    import fcntl
+
     for folder in parent.glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):  # another user's, or gone meanwhile
             handle = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
