@@ -259,6 +259,7 @@ def forget(
     from dataclasses import asdict
 
     from remanence.recall.erasure import find
+    from remanence.recall.preview import NOTHING
 
     with _open(store, write=yes) as memory:
         if fact:
@@ -273,7 +274,10 @@ def forget(
         if query is not None or contains is not None:
             chosen = find(memory, chosen, query=query, contains=contains, k=k)
         if not yes:
-            _show_preview(asdict(memory.preview(chosen)), as_json)
+            seen = memory.preview(chosen)
+            if not seen.messages and not everything:  # what `--yes` would refuse
+                raise Mistake(*NOTHING)
+            _show_preview(asdict(seen), as_json)
             return
         receipt = memory.forget(chosen, reason=reason)
     place = out or _free("receipt-{}.json")

@@ -5,16 +5,25 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from remanence.errors import Mistake
 
 _STRUCTURE = "remanence.tree"
+
+
+class Streamed(NamedTuple):
+    """A tensor in a nested state that is never whole in memory: `pieces` yields its values in their order."""
+
+    dtype: Any
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterator[Any]]
 
 
 def _sync(path: Path) -> None:
@@ -124,6 +133,9 @@ def _flatten(node: Any, place: str, tensors: dict[str, Any]) -> Any:
     if isinstance(node, torch.Tensor):
         tensors[place] = node.detach().cpu().contiguous().clone()  # safetensors refuses shared storage
         return {"tensor": place}
+    if isinstance(node, Streamed):
+        tensors[place] = node
+        return {"tensor": place}
     if isinstance(node, dict):
         return {"dict": [[key, _flatten(value, f"{place}/{number}", tensors)] for number, (key, value) in enumerate(node.items())]}
     if isinstance(node, list | tuple):
@@ -149,14 +161,53 @@ def _rebuild(node: dict[str, Any], tensors: dict[str, Any]) -> Any:
 def save_tree(path: str | Path, tree: Any) -> None:
     """Write a nested state (tensors, dicts, lists, numbers, strings) as one safetensors file, atomically.
 
-    Dictionary keys may be strings or integers. The structure travels as JSON in the file's metadata.
+    Dictionary keys may be strings or integers. The structure travels as JSON in the file's metadata. A tensor may be `Streamed`.
     """
     from safetensors.torch import save_file
 
     tensors: dict[str, Any] = {}
-    structure = _flatten(tree, "", tensors)
+    metadata = {_STRUCTURE: json.dumps(_flatten(tree, "", tensors))}
     with whole_file(path) as temporary:
-        save_file(tensors, temporary, metadata={_STRUCTURE: json.dumps(structure)})
+        if any(isinstance(tensor, Streamed) for tensor in tensors.values()):
+            _save_streamed(tensors, temporary, metadata)
+        else:
+            save_file(tensors, temporary, metadata=metadata)
+
+
+def _save_streamed(tensors: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file piece by piece: the length of the header, the header as JSON, the values one tensor after the other."""
+    import torch
+
+    kinds = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+    word = {
+        getattr(torch, kind): kind.upper().replace("BFLOAT", "BF").replace("FLOAT", "F").replace("UINT", "U").replace("INT", "I")
+        for kind in kinds
+    }
+    header: dict[str, Any] = {"__metadata__": metadata}
+    order, end = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0  # the widest first, so that all are aligned
+    for name in order:
+        begin, end = end, end + math.prod(tensors[name].shape) * tensors[name].dtype.itemsize
+        header[name] = {"dtype": word[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    words = json.dumps(header).encode()
+    words += b" " * (-len(words) % 8)
+    with path.open("wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        for name in order:
+            pieces = tensors[name].pieces() if isinstance(tensors[name], Streamed) else [tensors[name]]
+            for piece in pieces:
+                file.write(raw(piece))
+        if file.tell() != 8 + len(words) + end:
+            raise ValueError(f"a streamed tensor of {path.name} had other values than its shape says")
+
+
+def raw(tensor: Any) -> Any:
+    """Return the bytes of a tensor on the CPU, a numpy array, without a copy where they lie in order."""
+    import torch
+
+    flat = tensor.reshape(-1)
+    if flat.stride(0) != 1:  # a single value keeps whatever stride it had
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy()
 
 
 def load_tree(path: str | Path) -> Any:

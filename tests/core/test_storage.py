@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from remanence.errors import Mistake
-from remanence.storage import digest_tensors, load_tree, save_tree, sweep, whole_file, whole_folder, write_text
+from remanence.storage import Streamed, digest_tensors, load_tree, save_tree, sweep, whole_file, whole_folder, write_text
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.uint8, torch.bool]
 
@@ -159,3 +159,37 @@ def test_the_digest_sees_names_types_shapes_and_bits() -> None:
     digests = {digest_tensors([pair]) for pair in [("a", base), *others]}
     assert len(digests) == 6
     assert digest_tensors([("a", base), ("b", base)]) == digest_tensors([("b", base), ("a", base.clone())])
+
+
+def test_a_streamed_tensor_is_in_the_file_as_if_it_had_been_whole(tmp_path):
+    def tensor(kind, *shape):
+        return (torch.arange(torch.Size(shape).numel()) % 2).to(kind).view(shape)
+
+    kinds = [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    ]
+    whole = {str(kind): tensor(kind, 3, number) for number, kind in enumerate(kinds)}
+    tree = {
+        "whole": whole,
+        "streamed": {name: Streamed(each.dtype, each.shape, lambda each=each: iter(each.split(1))) for name, each in whole.items()},
+    }
+    save_tree(tmp_path / "state", tree)
+    loaded = load_tree(tmp_path / "state")
+    for name, each in whole.items():
+        for part in ("whole", "streamed"):
+            assert torch.equal(loaded[part][name], each)
+            assert loaded[part][name].dtype == each.dtype
+    before = (tmp_path / "state").read_bytes()
+    with pytest.raises(ValueError, match="other values than its shape says"):
+        save_tree(tmp_path / "state", {"short": Streamed(torch.float32, (4,), lambda: iter([torch.zeros(3)]))})
+    assert (tmp_path / "state").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]

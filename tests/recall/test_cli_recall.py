@@ -60,6 +60,23 @@ def test_nothing_is_erased_without_yes_and_everything_that_was_asked_with_it(sto
     assert "Bergen" not in json.dumps(receipt)
 
 
+@pytest.mark.parametrize(
+    "named", [["--id", "99"], ["--person", "nobody"], ["--conversation", "none"], ["--role", "tool"], ["--since", "2050-01-01"]]
+)
+def test_a_preview_of_nothing_is_refused_as_the_erasure_is(store, named):
+    sentences = []
+    for yes in ([], ["--yes"], ["--json"], ["--every-space"]):
+        with pytest.raises(Mistake, match="selection: names no message; look up") as found:
+            store("forget", *named, *yes)
+        sentences.append(str(found.value))
+    assert len(set(sentences)) == 1
+    assert "3" in store("forget", "--whole-space")
+    store("forget", "--whole-space", "--yes")
+    for yes in ([], ["--yes"]):
+        with pytest.raises(Mistake, match="there is no space 'default'"):
+            store("forget", "--whole-space", *yes)
+
+
 def test_a_receipt_is_checked_against_the_store_and_given_again(store):
     store("forget", "--contains", "Lisbon", "--yes", "--out", "gone.json")
     assert "FAILS" not in store("verify", "gone.json", "--text", "We fly to Lisbon in May.")

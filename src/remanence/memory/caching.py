@@ -24,13 +24,14 @@ one; q and k have length one; an RMS norm per head precedes the output projectio
 just read is the online one. Logarithmic segments depend on the length of the whole sequence, so they are for one call, not for streaming.
 A soup is exact at every token (no granularity): its layers are mixed one by one, at the cost of reading all caches.
 Cost with a read of p operations and N = T / C caches: O(T (p + N p)), SSC O(T (p + k p + N D)); memory N |theta|, which grows with the text unless
-`max_segments` bounds it. The only sequential loop is over segments; segments of their own are written side by side.
+`max_segments` bounds it, or rests on disk with `offload` (see `archive`); then SSC holds k caches at a time, and the pools. The only sequential loop is over segments; segments of their own are written side by side.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -55,7 +56,6 @@ CHOICES = {
     "pool_of": ("k", "x"),
     "u": ("proj", "query"),
     "evict": ("none", "oldest", "lowest_gate"),
-    "offload": (None, "cpu"),
 }
 
 
@@ -76,7 +76,7 @@ class MemoryCache(nn.Module):
         temperature: multiplies the scores.
         max_segments: caches kept at most (with `evict`); None: all.
         evict: none | oldest | lowest_gate: the cache with the smallest mean share goes.
-        offload: cpu: caches rest there, and come to the device when they are read.
+        offload: cpu | disk | a folder: caches rest there (disk: where temporary files go), and come to the device when they are read.
         detach_cache_after: caches older than so many segments pass no gradient on; None: all do.
 
     Raises:
@@ -99,14 +99,19 @@ class MemoryCache(nn.Module):
         temperature: float = 1.0,
         max_segments: int | None = None,
         evict: str = "none",
-        offload: str | None = None,
+        offload: str | os.PathLike[str] | None = None,
         detach_cache_after: int | None = None,
     ):
         super().__init__()
         self.base = base_rule(base)
         self.dim, self.heads, self.rule, self.segment, self.init = dim, heads, rule, segment, init
         self.top_k, self.pool, self.pool_of, self.u, self.temperature = top_k, pool, pool_of, u, temperature
-        self.max_segments, self.evict, self.offload, self.detach_cache_after = max_segments, evict, offload, detach_cache_after
+        self.max_segments, self.evict, self.offload, self.detach_cache_after = (
+            max_segments,
+            evict,
+            resting_place(offload),
+            detach_cache_after,
+        )
         self._check()
         self.q, self.k, self.v, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(4))
         self.norm = nn.RMSNorm(dim // heads)
@@ -169,7 +174,9 @@ class MemoryCache(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             weights = self.base.weights(live)
             moving = {name: value[:, :, None] for name, value in weights.items()} if self.rule == "soup" and is_layered(self.base) else None
-            read, _ = combine(self._plan, inputs.q, self.base.read(inputs.q, weights), inputs.u, pool.expand_as(inputs.q), shelf, moving)
+            read, _ = combine(
+                self._plan, inputs.q, self.base.read(inputs.q, weights), inputs.u, pool.expand_as(inputs.q), shelf, moving, state.hold
+            )
         return self._leave(read)
 
     def watch(
@@ -185,8 +192,10 @@ class MemoryCache(nn.Module):
     def forget(self, state: MemoryState, segments: Iterable[int]) -> MemoryState:
         """Return the state without what was read in some segments (numbered from 0): as if their tokens had been masked.
 
+        A cache that rests on disk is wiped there before this returns; an older state that is still held has it in memory from then on.
+
         Raises:
-            Mistake: later states contain it (checkpoint mode), or no such segment is held.
+            Mistake: later states contain it (checkpoint mode), no such segment is held, or the disk cannot be written.
         """
         state.check(KIND, self.config, state.batch)
         if self.init == "checkpoint":
@@ -202,7 +211,8 @@ class MemoryCache(nn.Module):
         if last in gone:
             fresh = start(self.base, self._initial, tensors["pool.total"])
             tensors |= {name: value for name, value in fresh.items() if not name.startswith("cache.")}
-        return dataclasses.replace(state, tensors=tensors)
+        hold = state.hold and state.hold.archive.forget(state.tensors["cache.place"], tensors["cache.place"])
+        return dataclasses.replace(state, tensors=tensors, hold=hold)
 
     def post_training(self, segment: int) -> MemoryCache:
         """Return a copy that reads the average of the online memory and a cache per `segment` tokens, the length this one was trained on; nothing is learned."""
@@ -222,11 +232,11 @@ class MemoryCache(nn.Module):
                 raise Mistake(
                     "cache.segment", "logarithmic segments are of the whole sequence", "read it in one call, or choose a constant segment"
                 )
-        tensors, seen = (state.tensors, state.seen) if state is not None else ({}, 0)
+        tensors, hold, seen = (state.tensors, state.hold, state.seen) if state is not None else ({}, None, 0)
         inputs = self._project(x)
         with torch.autocast(x.device.type, enabled=False):
-            walked = walk(self._plan, self._initial, inputs, mask, tensors, seen, watched)
-        return walked.read, walked.online, walked.surprise, MemoryState(KIND, walked.tensors, seen + x.shape[1], self.config)
+            walked = walk(self._plan, self._initial, inputs, mask, tensors, hold, seen, watched)
+        return walked.read, walked.online, walked.surprise, MemoryState(KIND, walked.tensors, seen + x.shape[1], self.config, walked.hold)
 
     @property
     def _initial(self) -> dict[str, Tensor]:
@@ -255,6 +265,20 @@ class MemoryCache(nn.Module):
 
     def _leave(self, read: Float[Tensor, "B H T D"]) -> Float[Tensor, "B T d"]:
         return self.out(self.norm(read.to(self.norm.weight.dtype)).transpose(1, 2).flatten(2))
+
+
+def resting_place(offload: str | os.PathLike[str] | None) -> str | None:
+    """Return where caches rest: None, "cpu", "disk", or a folder.
+
+    Raises:
+        Mistake: a word that is neither of these nor a path.
+    """
+    if offload is None or offload in ("cpu", "disk"):
+        return offload  # type: ignore[return-value]
+    if isinstance(offload, os.PathLike) or (isinstance(offload, str) and os.sep in offload):
+        return os.fspath(offload)
+    known = nearest(str(offload), ["cpu", "disk"])
+    raise Mistake("cache.offload", f"there is no {offload!r}", f"{known} a folder is written with a '{os.sep}', as in '.{os.sep}caches'")
 
 
 def exact(x: Tensor) -> Tensor:

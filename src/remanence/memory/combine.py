@@ -15,6 +15,7 @@ from torch import Tensor
 
 from remanence.memory.recurrence import Rule, State
 from remanence.memory.rules import pair_decay
+from remanence.memory.shelved import Kept, Shelved, pieces
 
 RULES = ("grm", "residual", "soup", "ssc", "average")
 
@@ -59,28 +60,36 @@ def shares(
 
 
 def cached_sum(
-    base: Rule, q: Float[Tensor, "B H T D"], gamma: Float[Tensor, "B H T S1"], weights: State, chosen: Int[Tensor, "B H T k"] | None
+    base: Rule,
+    q: Float[Tensor, "B H T D"],
+    gamma: Float[Tensor, "B H T S1"],
+    weights: State | Shelved,
+    chosen: Int[Tensor, "B H T k"] | None,
 ) -> Float[Tensor, "B H T D"]:
     """Return sum_{i<s} gamma_t^(i) M^(i)(q_t), over the chosen caches or over all."""
     if chosen is not None:
         return (gamma.gather(-1, chosen)[..., None] * selected_reads(base, q, weights, chosen)).sum(-2)
-    here = {name: tensor.to(q.device) for name, tensor in weights.items()}
-    return torch.einsum("bhts,bhstd->bhtd", gamma[..., :-1], base.read(q[:, :, None], here))
+    caches = weights if isinstance(weights, Shelved) else Kept(weights)
+    spans = pieces(caches.caches, caches.bytes * q.shape[0] * q.shape[1])
+    answers = [base.read(q[:, :, None], caches.part(span, q.device)) for span in spans]
+    return torch.einsum("bhts,bhstd->bhtd", gamma[..., :-1], torch.cat(answers, 2) if len(answers) > 1 else answers[0])
 
 
-def selected_reads(base: Rule, q: Float[Tensor, "B H T D"], weights: State, chosen: Int[Tensor, "B H T k"]) -> Float[Tensor, "B H T k D"]:
+def selected_reads(
+    base: Rule, q: Float[Tensor, "B H T D"], weights: State | Shelved, chosen: Int[Tensor, "B H T k"]
+) -> Float[Tensor, "B H T k D"]:
     """Read k caches per token: the pairs (token, cache) are sorted by cache, each chosen cache is fetched once and answers all its tokens in one product."""
     rows, heads, tokens, width = q.shape
-    caches, k = next(iter(weights.values())).shape[2], chosen.shape[-1]
-    memory = torch.arange(rows * heads, device=q.device)[:, None] * caches + chosen.reshape(rows * heads, -1)
+    caches, k = weights if isinstance(weights, Shelved) else Kept(weights), chosen.shape[-1]
+    memory = torch.arange(rows * heads, device=q.device)[:, None] * caches.caches + chosen.reshape(rows * heads, -1)
     order = memory.flatten().argsort(stable=True)
     groups, counts = memory.flatten()[order].unique_consecutive(return_counts=True)
     group = torch.arange(len(groups), device=q.device).repeat_interleave(counts)
     slot = torch.arange(len(order), device=q.device) - (counts.cumsum(0) - counts)[group]
     padded = q.new_zeros(len(groups), int(counts.max()), width)
     padded[group, slot] = q.reshape(-1, width)[order // k]  # pair p belongs to token p // k
-    fetched = {name: tensor.flatten(0, 2)[groups.to(tensor.device)].to(q.device) for name, tensor in weights.items()}
-    answers = base.read(padded, fetched)[group, slot]
+    read = [base.read(padded[span], caches.fetch(groups[span], q.device)) for span in pieces(len(groups), caches.bytes)]
+    answers = torch.cat(read)[group, slot] if len(read) > 1 else read[0][group, slot]
     return torch.zeros_like(answers).index_copy(0, order, answers).view(rows, heads, tokens, k, width)
 
 

@@ -190,7 +190,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         ids = tokens_of(prompt, processor, self.device)
         if state is not None:
             state.check(self.config, len(ids))
-            state = state.rows(copies(len(ids), generation))
+            index = copies(len(ids), generation)
+            state = state.rows(index) if len(index) > len(ids) else state  # one continuation needs no copy
         return continued(self, ids, LMCache(state), processor, generation)
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,12 +70,12 @@ class LMState:
         Raises:
             Mistake: naming what differs.
         """
-        own = beside(config)
+        own, made = beside(config), self.config | {"memory": without_places(self.config.get("memory"))}
         if self.kind != config.model_type:
             raise Mistake("state", f"was made by a model of type '{self.kind}', not '{config.model_type}'", "give this model's state")
-        differing = next((key for key in own if self.config.get(key) != own[key]), None)
+        differing = next((key for key in own if made.get(key) != own[key]), None)
         if differing is not None:
-            problem = f"was made with {differing}={self.config.get(differing)}, this model has {differing}={own[differing]}"
+            problem = f"was made with {differing}={made.get(differing)}, this model has {differing}={own[differing]}"
             raise Mistake("state", problem, "give this model's state")
         if self.batch != batch:
             raise Mistake("state", f"holds {self.batch} texts, the input {batch}", "carry one state per row, see LMState.rows")
@@ -143,4 +143,9 @@ class LMCache(Cache):
 
 def beside(config: Any) -> dict[str, Any]:
     """Return the settings that a state of the model depends on."""
-    return {name: getattr(config, name) for name in BESIDE}
+    return {name: getattr(config, name) for name in BESIDE} | {"memory": without_places(config.memory)}
+
+
+def without_places(memory: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a memory's settings without those that say where it rests: a state goes on anywhere."""
+    return {name: value for name, value in (memory or {}).items() if name != "offload"}

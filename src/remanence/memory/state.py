@@ -17,6 +17,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from remanence.errors import Mistake
+from remanence.memory.archive import Hold
+from remanence.memory.shelved import Shelved, whole
 from remanence.storage import load_tree, save_tree
 
 
@@ -29,12 +31,14 @@ class MemoryState:
         tensors: what it holds; axis 0 of each is the batch B.
         seen: tokens read so far, masked ones included: it places the next token inside its chunk.
         config: the settings of that memory; a state of other settings is refused.
+        hold: keeps the caches that rest on disk for as long as the state lives; their places are its tensor `cache.place`.
     """
 
     kind: str
     tensors: dict[str, Tensor]
     seen: int = 0
     config: dict[str, Any] = field(default_factory=dict)
+    hold: Hold | None = None
 
     @property
     def batch(self) -> int:
@@ -43,8 +47,9 @@ class MemoryState:
 
     @property
     def bytes(self) -> int:
-        """The size of all tensors."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+        """The size of all tensors, and of the caches on disk."""
+        on_disk = self.tensors["cache.place"].numel() * self.hold.archive.bytes if self.hold is not None else 0
+        return on_disk + sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
 
     def map(self, change: Callable[[Tensor], Tensor]) -> MemoryState:
         """Return a state whose tensors went through `change`."""
@@ -55,14 +60,25 @@ class MemoryState:
         return self.map(Tensor.detach)
 
     def clone(self) -> MemoryState:
-        """Return a copy that shares no storage."""
+        """Return a copy that shares no storage, but for caches on disk, which nothing writes over."""
         return self.map(Tensor.clone)
 
     def to(self, *args: Any, **kwargs: Any) -> MemoryState:
-        """Return the state on another device, or its floating tensors in another precision (as `Tensor.to`)."""
-        return self.map(
+        """Return the state on another device, or its floating tensors in another precision (as `Tensor.to`); caches on disk stay there, but come into memory
+        where the precision changes."""
+        state = self.gathered() if any(isinstance(value, torch.dtype) for value in (*args, *kwargs.values())) else self
+        return state.map(
             lambda tensor: tensor.to(*args, **kwargs) if tensor.is_floating_point() else tensor.to(*_devices(args), **_device(kwargs))
         )
+
+    def gathered(self) -> MemoryState:
+        """Return the state with everything in memory, and nothing on disk."""
+        if self.hold is None:
+            return self
+        place = self.tensors["cache.place"]
+        weights = {f"cache.{name}": weight for name, weight in whole(Shelved(self.hold.archive, place), place.device).items()}
+        rest = {name: tensor for name, tensor in self.tensors.items() if name != "cache.place"}
+        return dataclasses.replace(self, tensors=rest | weights, hold=None)
 
     def rows(self, index: Int[Tensor, "N"]) -> MemoryState:
         """Return the states of some sequences, in that order (beam search repeats and drops rows)."""
@@ -88,8 +104,12 @@ class MemoryState:
             raise Mistake("state", f"holds {self.batch} sequences, the input {batch}", "carry one state per row of the batch")
 
     def tree(self) -> dict[str, Any]:
-        """Return the state as plain nested values (see `storage.save_tree`)."""
-        return {"kind": self.kind, "seen": self.seen, "config": dict(self.config), "tensors": dict(self.tensors)}
+        """Return the state as nested values to be saved (see `storage.save_tree`): what is on disk as something to be read piece by piece."""
+        tensors: dict[str, Any] = dict(self.tensors)
+        if self.hold is not None:
+            weights = Shelved(self.hold.archive, tensors.pop("cache.place"))
+            tensors |= {f"cache.{name}": weights.streamed(name) for name in self.hold.archive.forms}
+        return {"kind": self.kind, "seen": self.seen, "config": dict(self.config), "tensors": tensors}
 
     @classmethod
     def from_tree(cls, tree: Mapping[str, Any]) -> MemoryState:

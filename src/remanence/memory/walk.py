@@ -16,10 +16,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+from remanence.memory.archive import Hold
 from remanence.memory.combine import cached_sum, masked_attention, pool_so_far, shares, split
 from remanence.memory.recurrence import Layered, Rule, State
 from remanence.memory.rules import Linear
-from remanence.memory.shelf import Shelf, admit, closed, empty, first, joined, take, weights_of, without_old_gradients
+from remanence.memory.shelf import PLACE, Shelf, admit, closed, empty, first, joined, take, weights_of, without_old_gradients
+from remanence.memory.shelved import Kept, Shelved, whole
 
 
 class Inputs(NamedTuple):
@@ -39,12 +41,13 @@ class Inputs(NamedTuple):
 
 
 class Walk(NamedTuple):
-    """The reads, the online memory's share in them, each token's surprise (if it was watched), and the tensors of the state."""
+    """The reads, the online memory's share in them, each token's surprise (if it was watched), the tensors of the state, and its hold on what rests on disk."""
 
     read: Float[Tensor, "B H T D"]
     online: Float[Tensor, "B H T"]
     surprise: Float[Tensor, "B H T"]
     tensors: dict[str, Tensor]
+    hold: Hold | None
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def walk(
     inputs: Inputs,
     mask: Bool[Tensor, "B T"] | None,
     tensors: dict[str, Tensor],
+    hold: Hold | None,
     seen: int,
     watched: bool = False,
 ) -> Walk:
@@ -96,17 +100,19 @@ def walk(
         if index < len(spans) - 1:
             shelves.append(closed(base.weights(ended[index]), pools[-1][:, :, -1], counts[:, -1], number + index))
             total, count = torch.zeros_like(total), torch.zeros_like(count)
-    everything = joined(shelves, plan.offload)
+    everything, hold = joined(shelves, plan.offload, hold)
     if _short_linear(plan, lengths, q.shape[-1], seen):
         read, share = read_without_states(plan, inputs, mask, torch.cat(pools, 2), everything, lengths)
         shelf = everything
     else:
-        read, share, shelf = read_segments(plan, inputs, mask, online, begun, pools, everything, spans, old, full)
+        read, share, shelf = read_segments(plan, inputs, mask, online, begun, pools, everything, hold, spans, old, full)
+        if hold is not None and plan.max_segments is not None:
+            hold = hold.archive.hold(shelf[PLACE])  # what went may be wiped
     found = {f"live.{name}": value for name, value in ended[-1].items()} | {f"cache.{name}": value for name, value in shelf.items()}
     surprise = share
     if watched:
         surprise = torch.cat([base.surprise(*_written(inputs, span, begun[index], mask)) for index, span in enumerate(spans)], 2)
-    return Walk(read, share, surprise, found | {"pool.total": sums[:, :, -1], "pool.count": counts[:, -1]})
+    return Walk(read, share, surprise, found | {"pool.total": sums[:, :, -1], "pool.count": counts[:, -1]}, hold)
 
 
 def write_segments(
@@ -153,6 +159,7 @@ def read_segments(
     begun: list[State],
     pools: list[Float[Tensor, "B H L D"]],
     everything: Shelf,
+    hold: Hold | None,
     spans: list[slice],
     old: int,
     full: bool,
@@ -174,7 +181,7 @@ def read_segments(
         here, moving = inputs.at(span), None
         if plan.rule == "soup" and is_layered(plan.base):
             moving = plan.base.trajectory(*_written(inputs, span, begun[index], mask))
-        read, gamma = combine(plan, here.q, online[:, :, span], here.u, pools[index], visible, moving)
+        read, gamma = combine(plan, here.q, online[:, :, span], here.u, pools[index], visible, moving, hold)
         if kept is not None:  # what `lowest_gate` goes by
             asked = torch.ones_like(gamma[:, 0, :, 0]) if mask is None else mask[:, span].to(gamma.dtype)
             everything["used"] = everything["used"].scatter_add(1, kept, torch.einsum("bhts,bt->bs", gamma[..., :-1].detach(), asked))
@@ -209,6 +216,7 @@ def combine(
     pools: Float[Tensor, "B H T D"],
     shelf: Shelf,
     moving: State | None,
+    hold: Hold | None = None,
 ) -> tuple[Float[Tensor, "B H T D"], Float[Tensor, "B H T S1"]]:
     """Return the read of every token over a shelf and the online memory, and all shares, the online one last."""
     if plan.detach_cache_after is not None:
@@ -216,10 +224,10 @@ def combine(
     scores = torch.cat([u @ shelf["pool"].mT, (u * pools).sum(-1, keepdim=True)], -1) * plan.temperature
     present = F.pad(shelf["count"] > 0, (0, 1), value=True)[:, None]
     gamma, chosen = shares(scores, present, plan.rule, plan.top_k)
+    weights = weights_of(shelf) if hold is None else Shelved(hold.archive, shelf[PLACE])
     if moving is not None and is_layered(plan.base):
-        cached = {name: tensor.to(q.device) for name, tensor in weights_of(shelf).items()}
-        return plan.base.soup(q, gamma, cached, moving), gamma
-    return gamma[..., -1:] * online + cached_sum(plan.base, q, gamma, weights_of(shelf), chosen), gamma
+        return plan.base.soup(q, gamma, whole(weights if isinstance(weights, Shelved) else Kept(weights), q.device), moving), gamma
+    return gamma[..., -1:] * online + cached_sum(plan.base, q, gamma, weights, chosen), gamma
 
 
 def start(base: Rule, initial: Mapping[str, Tensor], like: Float[Tensor, "B H D"]) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from remanence.errors import Mistake
 from remanence.recall.deletion import ERASED, FORMAT, LISTED, SCRUBBED, asked, hasher, ranges, sealed
 from remanence.recall.items import Gist, Message, NewMessage, Selection
 from remanence.recall.needles import echoing, repeats
-from remanence.recall.preview import LOOKED, Doomed, Place, Preview, doomed_by, find, places, preview, sample, staying
+from remanence.recall.preview import LOOKED, NOTHING, Doomed, Place, Preview, doomed_by, find, places, preview, sample, staying
 from remanence.recall.residue import scan_store
 from remanence.recall.turns import checked, chunked
 from remanence.receipts import local_key
@@ -56,7 +56,7 @@ def erase(recall: Recall, selection: Selection, reason: str = "", *, scan: bool 
     with store.transaction():
         doomed = doomed_by(recall, selection)
         if not doomed.messages and not drop:
-            raise Mistake("selection", "names no message", "look at it with a preview first")
+            raise Mistake(*NOTHING)
         _check_reason(reason, doomed)
         echoes = 0 if drop else len(echoing(doomed.said, staying(recall, doomed)))
         if drop:

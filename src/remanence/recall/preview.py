@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 LOOKED = 4000  # vectors (and texts) that a scan looks for at most; of more a sample, evenly spread
 EXAMPLES = 5
 Place = tuple[str, str]  # space, conversation
+NOTHING = ("selection", "names no message", "look up what there is with `remanence recall show`")  # place, problem and remedy of a Mistake
 
 
 @dataclass(frozen=True)

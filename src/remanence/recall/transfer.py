@@ -1,10 +1,11 @@
 """Carry a memory out and in: JSON lines, one message or fact each, and a store made anew with other vectors.
 
-    {"message": {"space", "conversation", "turn", "role", "text", "person", "at", "meta"}}
-    {"fact": {"space", "conversation", "text", "pinned"}}
+    {"message": {"id", "space", "conversation", "turn", "role", "text", "person", "at", "meta"}}
+    {"fact": {"space", "conversation", "text", "pinned", "sources": ids of messages}}
 
 Messages keep their turns, so salience and segments are those of the conversation that they came from. A file that is loaded twice is stored once: each message
-gets a key made of its place and its words. Vectors, gists and what was retrieved are not carried: they are made anew.
+gets a key made of its place and its words. Their ids are new ones, and a fact's sources follow them, so that it still goes when one of them goes; a source that
+is not in the file is left out. Files of older versions have neither ids nor sources. Vectors, gists and what was retrieved are not carried: they are made anew.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from remanence.errors import Mistake
-from remanence.recall.items import NewMessage, Selection
+from remanence.recall.items import Fact, NewMessage, Selection
 from remanence.recall.protocols import Embedder
 from remanence.recall.turns import BATCH
 from remanence.storage import whole_file
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from remanence.recall.service import Recall
 
 PAGE = 500  # messages read at a time
-FIELDS = ("space", "conversation", "turn", "role", "text", "person", "at", "meta")
+FIELDS = ("id", "space", "conversation", "turn", "role", "text", "person", "at", "meta")
 
 
 def lines_of(recall: Recall, selection: Selection) -> Iterator[dict[str, Any]]:
@@ -44,7 +45,8 @@ def lines_of(recall: Recall, selection: Selection) -> Iterator[dict[str, Any]]:
                     None,
                     selection.conversation,
                 ):  # those without one are in every prompt
-                    yield {"fact": {"space": space, "conversation": fact.conversation, "text": fact.text, "pinned": fact.pinned}}
+                    line = {"space": space, "conversation": fact.conversation, "text": fact.text, "pinned": fact.pinned}
+                    yield {"fact": line | {"sources": list(fact.sources)}}
 
 
 def export(recall: Recall, path: Path, selection: Selection) -> int:
@@ -66,26 +68,47 @@ def load(recall: Recall, path: Path, space: str, progress: bool = False) -> int:
     before = recall.store.stats()["messages"]
     turns: dict[str, list[NewMessage]] = {}
     facts: list[dict[str, Any]] = []
+    keys: dict[int, str | None] = {}  # of messages by id; where a file is two exports put together, an id means the last one above a fact
     for number, item in _read(path):
         try:
             if "fact" in item:
-                facts.append({name: item["fact"][name] for name in ("conversation", "text", "pinned")})
+                fact = {name: item["fact"][name] for name in ("conversation", "text", "pinned")}
+                facts.append(fact | {"sources": [keys[id] for id in item["fact"].get("sources") or () if id in keys]})
             else:
                 conversation, message = _message(item["message"])
                 turns.setdefault(conversation, []).append(message)
+                if "id" in item["message"]:
+                    keys[item["message"]["id"]] = message.key
         except (KeyError, TypeError, AttributeError) as error:
             raise Mistake(f"{path}, line {number}", f"is no message and no fact ({error!r})", "give a file that export wrote") from error
-    batches = []
+    batches: list[tuple[str, list[NewMessage]]] = []
+    ids: dict[str | None, int] = {}
     for conversation, messages in turns.items():
         messages.sort(key=lambda message: message.turn or 0)
         batches += [(conversation, messages[first : first + BATCH]) for first in range(0, len(messages), BATCH)]
     for conversation, batch in watched(batches, "batches of messages", len(batches)) if progress else batches:
-        recall.add_many(batch, space=space, conversation=conversation)
-    known = {(fact.conversation, fact.text) for fact in recall.store.facts(space)} if facts and space in recall.store.spaces() else set()
+        stored = recall.add_many(batch, space=space, conversation=conversation)
+        ids |= {new.key: message.id for new, message in zip(batch, stored, strict=True)}
     for fact in facts:
-        if (fact["conversation"], fact["text"]) not in known:
-            recall.add_fact(space, fact["text"], conversation=fact["conversation"], pinned=bool(fact["pinned"]))
+        fact["sources"] = [ids[key] for key in fact["sources"]]
+    _add_facts(recall, space, facts)
     return int(recall.store.stats()["messages"] - before)
+
+
+def _add_facts(recall: Recall, space: str, facts: list[dict[str, Any]]) -> None:
+    """Store facts that are not there yet; one that is there without some of these sources is stored anew with them."""
+    known: dict[tuple[str | None, str], list[Fact]] = {}
+    for fact in recall.store.facts(space) if facts and space in recall.store.spaces() else ():
+        known.setdefault((fact.conversation, fact.text), []).append(fact)
+    for line in facts:
+        there = known.get((line["conversation"], line["text"]), [])
+        if any(set(line["sources"]) <= set(fact.sources) for fact in there):
+            continue
+        sources = {*line["sources"], *(source for fact in there[:1] for source in fact.sources)}
+        with recall.store.transaction():
+            recall.store.remove_facts([fact.id for fact in there[:1]])
+            pinned = there[0].pinned if there else bool(line["pinned"])
+            recall.add_fact(space, line["text"], conversation=line["conversation"], sources=sorted(sources), pinned=pinned)
 
 
 def reindex(recall: Recall, path: Path, embedder: Embedder | None, progress: bool = False) -> Recall:
@@ -111,16 +134,17 @@ def reindex(recall: Recall, path: Path, embedder: Embedder | None, progress: boo
     if progress:
         held = recall.store.stats()
         lines = watched(lines, "messages and facts", held["messages"] + held["facts"])
+    ids: dict[int, int] = {}
     for place, group in groupby(lines, key=lambda line: _place(line)):
         if place is None:
-            for line in group:
-                made.add_fact(
-                    line["fact"]["space"], line["fact"]["text"], conversation=line["fact"]["conversation"], pinned=line["fact"]["pinned"]
-                )
+            for fact in (line["fact"] for line in group):
+                sources = [ids[source] for source in fact["sources"] if source in ids]
+                made.add_fact(fact["space"], fact["text"], conversation=fact["conversation"], sources=sources, pinned=fact["pinned"])
             continue
-        messages = (_message(line["message"])[1] for line in group)
+        messages = (line["message"] for line in group)
         while batch := list(islice(messages, PAGE)):
-            made.add_many(batch, space=place[0], conversation=place[1])
+            stored = made.add_many([_message(message)[1] for message in batch], space=place[0], conversation=place[1])
+            ids |= {message["id"]: new.id for message, new in zip(batch, stored, strict=True)}
     return made
 
 
