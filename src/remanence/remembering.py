@@ -35,7 +35,7 @@ def load_reader(spec: str, state: Any = None, weave: Mapping[str, Any] | None = 
     Raises:
         Mistake: the model has no memory, or one of its own where it was to be woven, or no tokenizer.
     """
-    loaded = load_model(spec, seed=seed)
+    loaded = load_model(spec, seed=seed, device=torch.accelerator.current_accelerator() or "cpu")
     if loaded.processor is None:
         raise Mistake(spec, "has no tokenizer beside it", "copy the tokenizer's files into its folder")
     own = hasattr(loaded.model, "remember")
@@ -91,6 +91,11 @@ def _model(loaded: Loaded) -> Any:
     return loaded.model
 
 
+def _beside(state: Any, loaded: Loaded) -> Any:
+    """Return a state on the model's device."""
+    return None if state is None else state.to(_model(loaded).device)
+
+
 def read_text(source: str) -> str:
     """Return the text of a file, or of the standard input for `-`.
 
@@ -118,7 +123,7 @@ def remember(loaded: Loaded, text: str, state: Any = None, *, progress: bool = T
     done = 0
     try:
         for piece in pieces(text):
-            state = _model(loaded).remember(piece, loaded.processor, state)
+            state = _model(loaded).remember(piece, loaded.processor, _beside(state, loaded))
             done += len(piece)
             if shown is not None:
                 shown.show(done, f"{state.seen:,} tokens, state {state.bytes / 2**20:.1f} MiB")
@@ -148,9 +153,9 @@ def ask(loaded: Loaded, prompt: str, state: Any = None, *, tokens: int = 64, tem
     if not 0 <= temperature < float("inf"):
         raise Mistake("--temperature", f"must be 0 or more, and finite, got {temperature}", "0 takes the most likely token")
     how: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # generate draws from the global generator, which is put back
-        return str(_model(loaded).ask(prompt, state, loaded.processor, max_new_tokens=tokens, **how))
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # generate draws from the device's global generator, which is put back
+        return str(_model(loaded).ask(prompt, _beside(state, loaded), loaded.processor, max_new_tokens=tokens, **how))
 
 
 def watch(loaded: Loaded, text: str, state: Any = None, *, title: str = "", limit: int = 4096) -> Watched:
@@ -166,5 +171,5 @@ def watch(loaded: Loaded, text: str, state: Any = None, *, title: str = "", limi
             f"has {len(encoded)} tokens, at most {limit} are watched at a time",
             "remember the first part, watch the rest with --state",
         )
-    found = _model(loaded).watch(encoded, state)
+    found = _model(loaded).watch(encoded, _beside(state, loaded))
     return watched([loaded.processor.decode([token]) for token in encoded], found, title)

@@ -23,7 +23,7 @@ def watched(model: Rewoven, memory: LatentBuffer, ids: Int[Tensor, "B T"]) -> di
 
     A token counts as held if its own entry is, or one that it was merged into.
     """
-    place = torch.arange(ids.shape[1], device=ids.device) + (torch.zeros(len(ids), 1) if memory.empty else memory.seen[:, None])
+    place = torch.arange(ids.shape[1], device=ids.device) + (ids.new_zeros(len(ids), 1) if memory.empty else memory.seen[:, None])
     last, found = None if memory.empty else memory.tensors.get("last"), []
     for part in ids.split(PIECE, 1):
         surprisal, last = surprisals(last, model(part, cache=memory).logits, part, torch.ones_like(part, dtype=torch.bool))
