@@ -22,6 +22,7 @@ NAMES = (
     "npo_openunlearning",
     "titans_memory",
     "memory_cache",
+    "reweaving",
     "sparsey",
     "recall_speed",
     "recall_million",

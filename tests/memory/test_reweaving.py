@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from remanence.errors import Mistake
 from remanence.memory.reweaving import reweave, train_reweaver
@@ -344,19 +343,25 @@ def test_rebased_positions_lie_right_in_front_of_the_window() -> None:
     torch.testing.assert_close(logits(woven, ids), windowed(model, ids, W + 6, C), atol=1e-10, rtol=0)  # the newest, where they were
 
 
+@torch.no_grad()
 def test_overhead_is_measured() -> None:
-    model, ids = toy_lm("llama", layers=4), tokens(rows=1, length=120)
-    taken = {}
-    for name, woven in {"window": reweave(model, W, 0, chunk=C), "woven": reweave(model, W, 16, chunk=C)}.items():
-        begun = time.perf_counter()
-        woven.read(ids)
-        taken[name] = (time.perf_counter() - begun) / 120
-        stats = woven.memory.stats()
-        assert stats["window"] == W
-        assert stats["held bytes"] == (
-            0 if name == "window" else 16 * (4 * 2 * 16 * 4 + 8 * 3)
-        )  # 4 layers, keys and values, 2 heads of 8; place, id, score
-    assert all(seconds > 0 for seconds in taken.values())
+    """Milliseconds per token stand in the claim and in `benchmarks reweaving`; bytes are exact, so they are held here against the window and dense attention."""
+    model = toy_lm("llama", layers=4)
+    token = 4 * 2 * 16 * 4  # bytes of a token's keys and values: 4 layers, 2 heads of 8
+    for length in (60, 120):
+        ids = tokens(rows=1, length=length)
+        found = {}
+        for name, budget in (("window", 0), ("woven", 16)):
+            woven = reweave(model, W, budget, chunk=C)
+            woven.read(ids)
+            found[name] = woven.memory.stats()
+            assert found[name]["window"] == W
+        assert found["window"]["held bytes"] == 0
+        assert found["woven"]["held bytes"] == 16 * (token + 8 * 3)  # place, id, score
+        assert found["woven"]["window bytes"] == found["window"]["window bytes"] == W * (token + 8 * 4)  # place, id, score's two features
+        cache = DynamicCache(config=model.config)
+        model(input_ids=ids, cache=cache, use_cache=True)
+        assert sum(2 * layer.keys.numel() * layer.keys.element_size() for layer in cache.layers) == length * token
 
 
 @pytest.mark.parametrize(
