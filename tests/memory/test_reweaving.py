@@ -299,7 +299,10 @@ def test_dropping_everything_leaves_the_window() -> None:
 def test_generate_is_reading_on_token_by_token(family: str) -> None:
     model, ids = toy_lm(family), tokens(rows=2, length=20)
     woven = reweave(model, W, 8, chunk=C)
-    made = woven.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=15, do_sample=False, eos_token_id=None)
+    woven.read(ids[:, :7])
+    rest = ids[:, 7:]
+    made = woven.generate(rest, attention_mask=torch.ones_like(rest), max_new_tokens=15, do_sample=False, eos_token_id=None)
+    made = torch.cat([ids[:, :7], made], 1)
     assert made.shape == (2, 35)
     again = logits(woven, made)
     assert torch.equal(again[:, 19:-1].argmax(-1), made[:, 20:])

@@ -20,7 +20,8 @@ from remanence.memory.state import MemoryState
 from remanence.models.adapters import add_lora
 from remanence.models.load import load_model, save_model, weights_hash
 from remanence.models.roles import weights_by_role
-from remanence.stream import Task
+from remanence.recipe import probes_for
+from remanence.stream import Moment, Task
 from remanence.training.trainer import Settings, Trainer
 from toy import toy_lm, toy_tokenizer
 
@@ -116,6 +117,24 @@ def test_ask_is_generate_behind_the_same_text() -> None:
     assert torch.equal(answer, model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)[:, 6:])
     beams = model.ask(prompt, model.remember(ids), max_new_tokens=4, num_beams=3, do_sample=False)
     assert beams.shape == (1, 4)
+
+
+@torch.no_grad()
+def test_generation_without_reading_keeps_nothing() -> None:
+    model, prompts = reweave(toy_lm("llama"), W, M), tokens(rows=3, length=30, seed=5)
+    many = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=5, do_sample=False)
+    assert model.memory.empty
+    for row in range(3):
+        alone = model.generate(prompts[row : row + 1], attention_mask=torch.ones(1, 30), max_new_tokens=5, do_sample=False)
+        assert torch.equal(alone[0], many[row])
+
+
+def test_probes_that_write_answers_take_a_rewoven_model() -> None:
+    rows = Dataset.from_dict({"question": ["what is it", "is it a fox that jumps over the dog"], "answer": ["a fox", "yes"]})
+    moment = Moment(processor=toy_tokenizer(), seed=0)
+    for name, probe in probes_for(rows, "qa", None).items():
+        plain, woven = probe.measure(toy_lm("llama"), moment), probe.measure(reweave(toy_lm("llama"), 40, M), moment)
+        assert woven.values == pytest.approx(plain.values, abs=1e-4), name  # nothing leaves a window of 40
 
 
 @torch.no_grad()

@@ -197,8 +197,11 @@ class Rewoven(PreTrainedModel, GenerationMixin):
         return self(input_ids, attention_mask, cache=self.memory, logits_to_keep=logits_to_keep)
 
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """Generate as Hugging Face does, going on from `memory`: the prompt holds new tokens only; the last token made is not yet read."""
-        kwargs.setdefault("cache", self.memory)
+        """Generate as Hugging Face does. After `read` it goes on from `memory`: the prompt holds new tokens only, and the last token made is not yet read.
+
+        While `memory` is empty nothing is kept, so that calls one after the other (a probe's, a benchmark's) know nothing of each other.
+        """
+        kwargs.setdefault("cache", self.new_memory() if self.memory.empty else self.memory)
         return super().generate(inputs, **kwargs)
 
     def forward(
