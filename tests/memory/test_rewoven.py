@@ -186,3 +186,14 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Mistake, match="is empty"):
         model.new_memory().state()
     assert isinstance(model.remember(tokens()), MemoryState)
+
+
+@torch.no_grad()
+def test_adapters_change_states_by_the_same_share_whatever_their_size() -> None:
+    reconstructor = trained().reconstructor
+    held = {layer: torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(layer)) for layer in (0, 1)}
+    for size in (0.1, 1.0, 300.0):
+        scaled = {layer: size * states for layer, states in held.items()}
+        for (layer, once), (_, again) in zip(reconstructor(held), reconstructor(scaled), strict=True):
+            assert (once - held[layer]).abs().max() > 0.1
+            torch.testing.assert_close(again / size, once, rtol=1e-3, atol=1e-4)

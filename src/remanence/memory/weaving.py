@@ -221,7 +221,7 @@ class Reconstructor(nn.Module):
         return loud.masked_fill(~held.valid[:, None], -math.inf)
 
     def forward(self, held: dict[int, Float[Tensor, "B M c"]]) -> Iterator[tuple[int, Float[Tensor, "B M d"]]]:
-        """Yield (layer, r^l), bottom-up: r^l = h^l + g_l U_l V_l RMSNorm([h^l ; r^(l-1)]), r below the lowest captured layer being 0."""
+        """Yield (layer, r^l), bottom-up: r^l = h^l + g_l |h^l| U_l V_l RMSNorm([h^l ; r^(l-1)]), r below the lowest captured layer being 0."""
         below: Tensor | None = None
         for layer, source in enumerate(self.source):
             if source is None:
@@ -232,6 +232,7 @@ class Reconstructor(nn.Module):
             r = h
             if self.kind == "lowrank":
                 both = torch.cat([h, torch.zeros_like(h) if below is None else below], -1)
-                r = h + self.gain[layer] * (F.rms_norm(both, both.shape[-1:]) @ self.down[layer].mT @ self.up[layer].mT)
+                size = h.detach().square().mean(-1, keepdim=True).sqrt()  # a step of the rate means the same in every layer and model
+                r = h + self.gain[layer] * size * (F.rms_norm(both, both.shape[-1:]) @ self.down[layer].mT @ self.up[layer].mT)
             yield layer, r
             below = r
