@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from remanence.errors import Mistake
+from remanence.memory.asking import opening
 from remanence.memory.latent_buffer import KIND
 from remanence.memory.lm_state import LMState
 from remanence.memory.reweaving import reweave
@@ -164,7 +165,9 @@ def watch(loaded: Loaded, text: str, state: Any = None, *, title: str = "", limi
     Raises:
         Mistake: the text has more tokens than `limit`: nobody could look at it.
     """
-    encoded = loaded.processor(text, add_special_tokens=False)["input_ids"]
+    encoded = loaded.processor(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if state is None and isinstance(loaded.model, Rewoven):
+        encoded = opening(loaded.processor) + encoded
     if len(encoded) > limit:
         raise Mistake(
             "text",

@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from remanence.errors import Mistake
 from remanence.learn.sequential import Sequential
+from remanence.memory.asking import opening
 from remanence.memory.reweaving import reweave
 from remanence.memory.rewoven import Rewoven
 from remanence.memory.rewoven_config import RewovenConfig, config_of
@@ -117,6 +119,21 @@ def test_ask_is_generate_behind_the_same_text() -> None:
     assert torch.equal(answer, model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)[:, 6:])
     beams = model.ask(prompt, model.remember(ids), max_new_tokens=4, num_beams=3, do_sample=False)
     assert beams.shape == (1, 4)
+
+
+def test_the_first_words_stand_behind_the_begin_of_text_token() -> None:
+    tokenizer, model = toy_tokenizer(), reweave(toy_lm("llama"), W, M)
+    assert opening(tokenizer) == []
+    plain = tokenizer("the dog")["input_ids"]
+    assert torch.equal(model.remember("the dog", tokenizer).tensors["window.id"], torch.tensor([plain]))
+    end = tokenizer.eos_token_id
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<eos> $A", special_tokens=[("<eos>", end)])
+    tokenizer.bos_token = "<eos>"
+    assert opening(tokenizer) == [end]
+    state = model.remember("the dog", tokenizer)
+    assert torch.equal(state.tensors["window.id"], torch.tensor([[end, *plain]]))
+    assert model.remember(" on", tokenizer, state).seen == state.seen + len(tokenizer(" on", add_special_tokens=False)["input_ids"])
+    assert model.watch("the dog", None, tokenizer)[-1]["surprisal"].shape == (1, 1, 1 + len(plain))
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from torch import Tensor
 from remanence.errors import Mistake
 
 
-def tokens_of(text: Any, processor: Any, device: torch.device) -> Int[Tensor, "B T"]:
-    """Return the tokens of a string, or tokens (T,) or (B, T) as they are.
+def tokens_of(text: Any, processor: Any, device: torch.device, *, begin: bool = False) -> Int[Tensor, "B T"]:
+    """Return the tokens of a string, behind what opens a text if it is to `begin` one, or tokens (T,) or (B, T) as they are.
 
     Raises:
         Mistake: nothing to read, or a string without a tokenizer.
@@ -20,12 +20,19 @@ def tokens_of(text: Any, processor: Any, device: torch.device) -> Int[Tensor, "B
     if isinstance(text, str):
         if processor is None:
             raise Mistake("processor", "a string needs a tokenizer", "give the model's processor, or tokens")
-        text = processor(text, add_special_tokens=False, verbose=False)["input_ids"]  # a text may be longer than the model's positions
+        found = processor(text, add_special_tokens=False, verbose=False)["input_ids"]  # it may be longer than the model's positions
+        text = (opening(processor) if begin else []) + found
     ids = torch.as_tensor(text, dtype=torch.int64, device=device)
     ids = ids[None] if ids.ndim == 1 else ids
     if ids.ndim != 2 or ids.shape[1] == 0:
         raise Mistake("text", "there is nothing to read", "give at least one token")
     return ids
+
+
+def opening(processor: Any) -> list[int]:
+    """Return what a tokenizer puts in front of every text: its begin-of-text token, which pre-trained decoders want to see first, or nothing."""
+    first = getattr(processor, "bos_token_id", None)
+    return [first] if first is not None and processor("", verbose=False)["input_ids"][:1] == [first] else []
 
 
 def copies(rows: int, generation: dict[str, Any]) -> Int[Tensor, " N"]:

@@ -154,7 +154,7 @@ class Rewoven(PreTrainedModel, GenerationMixin):
         Raises:
             Mistake: nothing to read, a string without a tokenizer, or a state of another model.
         """
-        memory, ids = self._from(state), tokens_of(text, processor, self.device)
+        memory, ids = self._from(state), tokens_of(text, processor, self.device, begin=state is None)
         for part in ids.split(piece, 1):
             self(part, cache=memory, logits_to_keep=1)
         return memory.state()
@@ -168,7 +168,7 @@ class Rewoven(PreTrainedModel, GenerationMixin):
         Raises:
             Mistake: nothing to read, a string without a tokenizer, or a state of another model.
         """
-        ids = tokens_of(prompt, processor, self.device)
+        ids = tokens_of(prompt, processor, self.device, begin=state is None)
         if state is not None:
             state.check(KIND, self.signature, len(ids))
             state = state.map(lambda tensor: tensor.index_select(0, copies(len(ids), generation).to(tensor.device)))
@@ -181,7 +181,7 @@ class Rewoven(PreTrainedModel, GenerationMixin):
         Raises:
             Mistake: nothing to read, or a string without a tokenizer.
         """
-        ids = tokens_of(text, processor, self.device)
+        ids = tokens_of(text, processor, self.device, begin=state is None)
         return {-1: {name: values[:, None] for name, values in watched(self, self._from(state), ids).items()}}
 
     def _from(self, state: MemoryState | None) -> LatentBuffer:
