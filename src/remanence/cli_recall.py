@@ -273,6 +273,12 @@ def forget(
             )
         if query is not None or contains is not None:
             chosen = find(memory, chosen, query=query, contains=contains, k=k)
+        absent = sorted(set(ids) - set(memory.store.ids(chosen).tolist()))
+        if absent and set(absent) != set(ids):  # where none is there, the erasure is refused
+            print(
+                f"no message {', '.join(map(str, absent))} is among these: erased before, never there, or not in this selection",
+                file=sys.stderr,
+            )
         if not yes:
             seen = memory.preview(chosen)
             if not seen.messages and not everything:  # what `--yes` would refuse

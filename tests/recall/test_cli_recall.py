@@ -77,6 +77,14 @@ def test_a_preview_of_nothing_is_refused_as_the_erasure_is(store, named):
             store("forget", "--whole-space", *yes)
 
 
+def test_a_number_that_is_not_there_is_named_beside_those_that_are(store):
+    for yes in ([], ["--yes"]):
+        said = store("forget", "--id", "1", "--id", "99", *yes)
+        assert "no message 99 is among these" in said
+    assert "Bergen" not in store("show")
+    assert "is among these" not in store("forget", "--id", "2")
+
+
 def test_a_receipt_is_checked_against_the_store_and_given_again(store):
     store("forget", "--contains", "Lisbon", "--yes", "--out", "gone.json")
     assert "FAILS" not in store("verify", "gone.json", "--text", "We fly to Lisbon in May.")
