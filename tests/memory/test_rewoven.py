@@ -214,3 +214,23 @@ def test_adapters_change_states_by_the_same_share_whatever_their_size() -> None:
         for (layer, once), (_, again) in zip(reconstructor(held), reconstructor(scaled), strict=True):
             assert (once - held[layer]).abs().max() > 0.1
             torch.testing.assert_close(again / size, once, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ({"chunk": "a"}, "chunk"),
+        ({"score": 5}, "score"),
+        ({"score": {"surprisal": "x"}}, "score"),
+        ({"layers": 3}, "layers"),
+        ({"seed": "x"}, "seed"),
+        ({"seed": -1}, "seed"),
+        ({"trained": "yes"}, "trained"),
+        ({"base": {"model_type": "llama", "hidden_size": "x"}}, "base"),
+    ],
+)
+def test_a_configuration_with_values_of_the_wrong_kind_is_refused(changes: dict[str, Any], place: str, tmp_path: Path) -> None:
+    tree = {"model_type": "rewoven", "base": toy_lm("llama").config.to_dict(), "window": W, "budget": M}
+    (tmp_path / "config.json").write_text(json.dumps(tree | changes))
+    with pytest.raises(Mistake, match=f"^{place}: is "):
+        load_model(f"config:{tmp_path}")

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from remanence.errors import Mistake, nearest
@@ -80,6 +81,10 @@ class RewovenConfig(PreTrainedConfig):
             return AutoConfig.for_model(**self.base)
         except ValueError as error:
             raise Mistake("base", f"has an unknown architecture, {self.base['model_type']!r}", "update transformers") from error
+        except (TypeError, StrictDataclassError) as error:
+            raise Mistake(
+                "base", f"is no configuration of a decoder ({str(error).splitlines()[-1].strip()})", "copy its config.json again"
+            ) from error
 
     def adopt(self, inner: PreTrainedConfig) -> None:
         """Take over a decoder's configuration: sizes and ends that others ask a configuration for."""
@@ -111,6 +116,16 @@ class RewovenConfig(PreTrainedConfig):
         wrong = next((name for name, kind in COUNTS.items() if not _whole(getattr(self, name), kind)), None)
         if wrong is not None:
             raise Mistake(wrong, f"must be a whole number from {COUNTS[wrong]}, got {getattr(self, wrong)!r}", "correct it")
+        kinds = {
+            "chunk": self.chunk is None or _whole(self.chunk, 0),
+            "seed": _whole(self.seed, 0),
+            "trained": isinstance(self.trained, bool),
+            "layers": isinstance(self.layers, str | list | tuple),
+            "score": isinstance(self.score, str) or (isinstance(self.score, dict) and all(map(_number, self.score.values()))),
+        }
+        wrong = next((name for name, fits in kinds.items() if not fits), None)
+        if wrong is not None:
+            raise Mistake(wrong, f"is of the wrong kind, {getattr(self, wrong)!r}", "correct the configuration")
         if self.window < self.step or self.step < 1:
             raise Mistake(
                 "window", f"is {self.window}, the chunk {self.step}", "let the window be at least a chunk, and the chunk at least 1"
@@ -157,6 +172,10 @@ COUNTS = {"window": 1, "budget": 0, "sinks": 0, "group": 1, "rank": 1}
 
 def _whole(value: Any, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def config_of(signature: Mapping[str, Any]) -> dict[str, Any]:
